@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['UCI', 'FASHION_FILES', 'FASHION_URL', 'FASHION_DEBIAN', 'SHAKESPEARE', 'Data', 'split', 'standardise', 'as_data',
            'digits', 'table', 'breast_cancer', 'wine', 'diabetes', 'mnist1d', 'curves', 'cache_folder', 'download',
-           'fashion_mnist_folder', 'fashion_mnist', 'Corpus', 'corpus', 'tokenise', 'language', 'least_squares',
-           'separable']
+           'have_fashion_mnist', 'fashion_mnist_folder', 'fashion_mnist', 'Corpus', 'corpus', 'tokenise', 'language',
+           'least_squares', 'separable']
 
 # %% ../../nbs/lab/data.ipynb #2f57a4d7
 import functools
@@ -112,7 +112,7 @@ def as_data(name: str, parts, licence: str, source: str, dtype=None, device=None
     dtype = dtype or torch.get_default_dtype()
 
     def tensor(a):
-        a = torch.as_tensor(np.ascontiguousarray(a))
+        a = torch.from_numpy(np.array(a))      # a copy: nobody's cached array can be changed through the tensor
         return a.to(device=device, dtype=dtype if a.is_floating_point() else torch.int64)
 
     return Data(name, *map(tensor, parts), licence, source, info)
@@ -236,19 +236,28 @@ def download(url: str, sha256: str, folder: Path) -> Path:
         raise FileNotFoundError(f"could not download {url}: {error}") from error
 
 # %% ../../nbs/lab/data.ipynb #31d020f5
+def _complete(folder: Path) -> bool:
+    return all((folder / f"{name}.gz").is_file() for name in FASHION_FILES)
+
+
+def have_fashion_mnist() -> bool:
+    "Whether Fashion-MNIST can be loaded without a download."
+    named = os.environ.get("CURVLAB_FASHION_MNIST")
+    return any(map(_complete, [Path(named)] if named else [FASHION_DEBIAN, cache_folder() / "fashion-mnist"]))
+
+
 def fashion_mnist_folder() -> Path:
     """The folder that holds the four Fashion-MNIST archives; the places are tried in the order given above.
 
     Raises `FileNotFoundError` that says how to get the data.
     """
-    complete = lambda folder: all((folder / f"{name}.gz").is_file() for name in FASHION_FILES)
     if named := os.environ.get("CURVLAB_FASHION_MNIST"):
-        if not complete(Path(named)):
+        if not _complete(Path(named)):
             raise FileNotFoundError(f"CURVLAB_FASHION_MNIST={named!r} lacks some of {', '.join(f'{n}.gz' for n in FASHION_FILES)}; correct or unset the variable")
         return Path(named)
     cache = cache_folder() / "fashion-mnist"
     for folder in (FASHION_DEBIAN, cache):
-        if complete(folder):
+        if _complete(folder):
             return folder
     try:
         for name, (packed, _) in FASHION_FILES.items():
