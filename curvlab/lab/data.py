@@ -146,7 +146,7 @@ def table(name: str, x, y, standardised: bool, bias: bool, test, seed, dtype, de
     return as_data(name, (x_train, y_train, x_test, y_test), licence, "scikit-learn", dtype, device)
 
 
-def breast_cancer(features: int = 30, standardised: bool = True, bias: bool = False, test: int | float = 0.4, seed: int = 0, dtype=None, device=None) -> Data:
+def breast_cancer(features: int = 30, standardised: bool = True, bias: bool = False, test: int | float = 227, seed: int = 0, dtype=None, device=None) -> Data:
     "569 tumours, the first `features` of 30 measurements; targets `(n, 1)` in {0, 1} (1: benign) as floats."
     x, y = sklearn_datasets.load_breast_cancer(return_X_y=True)
     if not 1 <= features <= x.shape[1]:
