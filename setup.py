@@ -1,7 +1,7 @@
 """Builds the package; every name, version and requirement comes from settings.ini.
 
 One step is ours: the wheel carries the paper notebooks. They live in `nbs/papers` and are copied into
-`curvlab/notebooks` of the build tree, so a checkout never holds two copies of one notebook.
+`curvlab/notebooks/papers` of the build tree, so a checkout never holds two copies of one notebook.
 """
 import configparser
 import shutil
@@ -22,7 +22,7 @@ class BuildWithNotebooks(build_py):
     """The usual build, then the paper notebooks as package data."""
 
     def _copies(self):
-        target = Path(self.build_lib) / c["lib_path"] / "notebooks"
+        target = Path(self.build_lib) / c["lib_path"] / "notebooks" / "papers"
         return {source: target / source.name for source in sorted(PAPERS.glob("*.ipynb"))}
 
     def run(self):
