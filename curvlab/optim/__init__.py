@@ -1,0 +1,21 @@
+"""The optimizers, by name: `curvlab.optim.KFAC` and so on. A new method joins (and joins the acceptance tests) with its line here."""
+import importlib
+
+METHODS = {
+    "SGD": "first_order", "Adam": "first_order", "AMSGrad": "first_order", "AdaGrad": "first_order", "SignDescent": "first_order",
+}
+RULES = {"Armijo": "step_rules", "Polyak": "step_rules", "QuadraticModel": "step_rules"}
+OTHERS = {"CurvatureOptimizer": "engine", "FallbackWarning": "engine", "NonFiniteError": "engine"}
+
+__all__ = [*METHODS, *RULES, *OTHERS]
+
+
+def __getattr__(name):
+    home = {**METHODS, **RULES, **OTHERS}.get(name)
+    if home is None:
+        raise AttributeError(f"curvlab.optim has no {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"curvlab.optim.{home}"), name)
+
+
+def __dir__():
+    return __all__
