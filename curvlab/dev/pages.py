@@ -4,14 +4,18 @@
 
 # %% ../../nbs/dev/pages.ipynb #ed756821
 from __future__ import annotations
+import argparse
 import json
+import sys
 from pathlib import Path
 import yaml
-from .checkout import all_notebooks, library_notebooks, paper_notebooks, repository_root
+from .checkout import library_notebooks, repository_root
+from .ledger_page import Knowledge, gather, ledger_page, tally
 from .stage_docs import exported_module, title_and_summary
 
 # %% auto #0
-__all__ = ['describe', 'reading_order', 'reading_page', 'api_pages', 'write_pages']
+__all__ = ['START', 'END', 'describe', 'reading_order', 'reading_page', 'api_pages', 'papers_page', 'readme_table', 'with_table',
+           'fresh_readme', 'write_pages', 'main']
 
 # %% ../../nbs/dev/pages.ipynb #571ad3cb
 def describe(notebook: Path, root: Path) -> dict:
@@ -71,10 +75,63 @@ def api_pages(root: Path) -> dict[str, str]:
     contents = "\n".join(["```{toctree}", ":maxdepth: 2", "", *pages, "```", ""])
     return {"api": f"# API reference\n\n{intro}\n{contents}", **pages}
 
+# %% ../../nbs/dev/pages.ipynb #d1a02a89
+def _built(root: Path, known: Knowledge) -> list[str]:
+    lines = []
+    for paper in known.papers.values():
+        if paper.id not in known.notebooks:
+            continue
+        about = describe(root / "nbs" / "papers" / f"{paper.id}.ipynb", root)
+        ends = [f"**{size}** {words}" for size in known.results if (words := tally(paper, known, size))]
+        lines += [f"### [{about['title']}]({about['page']}.ipynb)", "", f"*{paper.title}*, {paper.authors}, {paper.year}. {paper.question}", ""]
+        lines += [":::{container} tally", " · ".join(ends), ":::", ""] if ends else []
+    return lines
+
+def papers_page(root: Path, known: Knowledge) -> str:
+    """The page *Papers*, in MyST Markdown, with one link and a tally for each paper that has a notebook."""
+    lines = ["# Papers", "", ":::{container} lead", "One notebook a paper: its question, its claims with their criteria, the experiments, and what came out.", ":::", ""]
+    lines += _built(root, known)
+    planned = [paper for paper in known.papers.values() if paper.id not in known.notebooks]
+    if planned:
+        lines += ["## Planned", "", "These are in the ledger and wait for a notebook.", "", "| paper | year | family | claims |", "| --- | --- | --- | --- |"]
+        lines += [f"| {paper.title} | {paper.year} | {paper.family} | {len(paper.claims)} |" for paper in sorted(planned, key=lambda p: (p.family, p.year, p.id))]
+        lines.append("")
+    return "\n".join(lines + (_toctree([f"/nbs/papers/{id}" for id in known.papers if id in known.notebooks]) if known.notebooks else []))
+
+# %% ../../nbs/dev/pages.ipynb #4fca3bec
+START, END = "<!-- papers:start -->", "<!-- papers:end -->"
+
+def readme_table(known: Knowledge) -> str:
+    """One line for each paper that has a notebook: title, and how its claims ended at each size."""
+    sizes = [size for size in known.results if known.results[size]]
+    lines = [f"| paper | {' | '.join(f'at `{size}` size' for size in sizes) or 'claims'} |", "| --- |" + " --- |" * max(1, len(sizes))]
+    for paper in known.papers.values():
+        if paper.id in known.notebooks:
+            ends = [tally(paper, known, size) or "not run" for size in sizes] or [str(len(paper.claims))]
+            lines.append(f"| [{paper.title}](nbs/papers/{paper.id}.ipynb) ({paper.year}) | {' | '.join(ends)} |")
+    waiting = len(known.papers) - len(lines) + 2
+    return "\n".join(lines) + (f"\n\n{waiting} more papers are in the ledger and wait for their notebook: `curvlab list`." if waiting else "")
+
+def with_table(readme: str, table: str) -> str:
+    """`readme` with `table` between the markers.
+
+    Raises:
+        ValueError: the markers do not stand once each, in order.
+    """
+    if readme.count(START) != 1 or readme.count(END) != 1 or readme.index(START) > readme.index(END):
+        raise ValueError(f"README.md must hold {START!r} and after it {END!r}, once each: put them where the table of papers belongs")
+    return readme[: readme.index(START) + len(START)] + "\n" + table + "\n" + readme[readme.index(END):]
+
+# %% ../../nbs/dev/pages.ipynb #e4240990
+def fresh_readme(root: Path) -> str:
+    """The README of the checkout `root` as it should be: its table of papers made anew from ledger and results."""
+    return with_table((root / "README.md").read_text(encoding="utf-8"), readme_table(gather(root)))
+
 # %% ../../nbs/dev/pages.ipynb #7e419d58
 def write_pages(root: Path, target: Path) -> None:
-    """Write all generated pages of the checkout `root` into the folder `target`."""
-    pages = {"read": reading_page(root), **api_pages(root)}
+    """Write all generated pages of the checkout `root` into the folder `target`; a page that is no longer made is removed."""
+    known = gather(root)
+    pages = {"read": reading_page(root), "papers": papers_page(root, known), "ledger": ledger_page(known), **api_pages(root)}
     target.mkdir(parents=True, exist_ok=True)
     for name, text in pages.items():
         path = target / f"{name}.md"
@@ -83,3 +140,24 @@ def write_pages(root: Path, target: Path) -> None:
     for old in target.glob("*.md"):
         if old.stem not in pages:
             old.unlink()
+
+# %% ../../nbs/dev/pages.ipynb #bf22b1fa
+def main(argv: list[str] | None = None) -> int:
+    """The command `python -m curvlab.dev.pages`; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Bring the README's table of papers up to date.")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if the table is out of date")
+    check = parser.parse_args(argv).check
+    root = repository_root()
+    path, text = root / "README.md", fresh_readme(root)
+    if path.read_text(encoding="utf-8") == text:
+        return 0
+    if not check:
+        path.write_text(text, encoding="utf-8")
+        return 0
+    print("README.md: the table of papers is out of date; run `python -m curvlab.dev.pages`")
+    return 1
+
+# %% ../../nbs/dev/pages.ipynb #9c446dae
+#| eval: false
+if __name__ == "__main__":
+    sys.exit(main())
