@@ -403,7 +403,7 @@ def bar(label: str, budget: Budget, steps: float):
 
 def train(task: Problem | str, make_optimizer: Callable[[nn.Module], Any] | str, budget: Budget | int | str | None = None, *, seed: int = 0, label: str | None = None,
           batch: int | Sequence[int] | str | None = None, evaluate_every: int | None = None, test: bool = True, measures: Mapping[str, Callable[[nn.Module], float]] | None = None,
-          callbacks: Sequence[Callable[[Run], None]] = (), schedule: Sequence[float] | None = None, average: float | None = None, model: nn.Module | None = None,
+          callbacks: Sequence[Callable[[Run], None]] = (), schedule: Sequence[float] | Callable[[int], Sequence[float]] | None = None, average: float | None = None, model: nn.Module | None = None,
           checkpoint: str | Path | None = None, checkpoint_every: int = 100, progress: bool = False) -> Records:
     """Train and keep records.
 
@@ -417,7 +417,7 @@ def train(task: Problem | str, make_optimizer: Callable[[nn.Module], Any] | str,
         test: evaluate on test data as well.
         measures: name -> function of the model, recorded at every evaluation.
         callbacks: functions of the `Run`, called after every step, outside the clock.
-        schedule: one factor per step for the learning rates of all parameter groups.
+        schedule: one factor per step for the learning rates of all parameter groups, or a function of the number of steps that gives them (`step_decay`).
         average: decay of the running average of the weights (`WeightAverage`), e.g. 0.95.
         model: start from this model instead of `task.make_model(seed)`; it is trained in place.
         checkpoint: file to save to every `checkpoint_every` steps and at the end, and to continue from if it exists.
@@ -430,8 +430,9 @@ def train(task: Problem | str, make_optimizer: Callable[[nn.Module], Any] | str,
     size = task.batch if batch is None else None if batch == "all" else batch
     budget = Budget.of(budget or task.steps)
     steps = budget.in_steps(len(task.data), size)
-    if schedule is not None and len(schedule) < steps:
-        raise ValueError(f"schedule has {len(schedule)} entries for {steps} steps; give one factor per step and a budget in steps or epochs")
+    schedule = schedule(int(steps)) if callable(schedule) and steps < math.inf else schedule
+    if schedule is not None and (callable(schedule) or len(schedule) < steps):
+        raise ValueError(f"schedule={schedule!r} does not fit {steps} steps; give one factor per step and a budget in steps or epochs")
     model = task.make_model(seed) if model is None else model
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), contextlib.ExitStack() as stack:
