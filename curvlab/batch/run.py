@@ -238,13 +238,14 @@ def work(job):
     except OSError as problem:
         error = f"{type(problem).__name__}: {problem}"
     status = "timed out" if error.startswith("timed out") else "failed"
-    return Outcome(job.paper, status, time.time() - start, str(set_aside(folder)), short(error))
+    return Outcome(job.paper, status, time.time() - start, str(set_aside(folder, short(error))), short(error))
 
 
-def set_aside(folder):
-    "Keep what a failed run left behind (log, notebook with the traceback) under a name that says so."
+def set_aside(folder, message):
+    "Keep what a failed run left behind (log, notebook with the traceback, `message`) under a name that says so; returns its folder."
     aside = folder.with_name(folder.name.replace(".partial-", "failed-"))
     try:
+        (folder / "error.txt").write_text(message + "\n", encoding="utf-8")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
         return aside
@@ -262,7 +263,7 @@ def conclude(job, folder, start):
     except DamagedResult as damage:
         problems = [str(damage)]
     if problems:
-        return Outcome(job.paper, "failed", time.time() - start, str(set_aside(folder)), problems[0])
+        return Outcome(job.paper, "failed", time.time() - start, str(set_aside(folder, problems[0])), problems[0])
     environment = {"job": {k: getattr(job, k) for k in ("paper", "size", "seed", "device")}, "seconds": round(time.time() - start, 2),
                    "versions": versions(), "commit": result["commit"], "host": socket.gethostname(), "python": sys.executable}
     write_atomically(folder / "environment.json", json.dumps(environment, indent=1) + "\n")
