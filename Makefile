@@ -2,6 +2,7 @@
 # make test      : the whole gate: tests, notebooks, export in sync, papers, no verdict changed
 # make docs      : the documentation site, warnings are errors
 # make export    : write curvlab/*.py from the notebooks
+# make env       : only the environment
 # make clean     : remove what the other targets made
 #
 # Everything runs in $(VENV), which the first target makes and later ones reuse. Settings, e.g. make test JOBS=4:
@@ -21,9 +22,11 @@ export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 export MPLBACKEND := agg
 
-.PHONY: help reproduce test docs export clean
+.PHONY: help env reproduce test docs export clean
 help:
 	@sed -n '1,/^#$$/p' Makefile | sed 's/^# \{0,1\}//'
+
+env: $(STAMP)
 
 reproduce: $(STAMP)
 	$(VENV)/bin/curvlab run --size $(SIZE) -j $(JOBS) --out $(OUT)

@@ -118,5 +118,5 @@ def ledger_page(known: Knowledge) -> str:
     text = (f"The ledger holds {len(known.papers)} papers, {built} of them built, with {sum(len(paper.claims) for paper in known.papers.values())} claims. A criterion is written "
             "before the experiment is run, and it decides the verdict. An *exact* claim is an identity, a theorem or a bound; an *empirical* one is a trend in training; a claim of "
             "*scale* needs more than one machine, and we test a stated proxy. *Inconclusive* means that a check of the run itself, also stated beforehand, did not pass.")
-    return "\n".join(["# The ledger", "", ":::{container} lead", "Every claim, what would settle it, and what we measured.", ":::", "", text, "",
+    return "\n".join(["---", "hide-toc: true", "---", "", "# The ledger", "", ":::{container} lead", "Every claim, what would settle it, and what we measured.", ":::", "", text, "",
                       "```{raw} html", form, f'<div class="ledger-scroll">{ledger_table(known)}</div>', "```", ""])

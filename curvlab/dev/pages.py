@@ -14,7 +14,7 @@ from .ledger_page import Knowledge, gather, ledger_page, tally
 from .stage_docs import exported_module, title_and_summary
 
 # %% auto #0
-__all__ = ['START', 'END', 'describe', 'reading_order', 'reading_page', 'api_pages', 'papers_page', 'readme_table', 'with_table',
+__all__ = ['START', 'END', 'describe', 'reading_order', 'reading_pages', 'api_pages', 'papers_page', 'readme_table', 'with_table',
            'fresh_readme', 'write_pages', 'main']
 
 # %% ../../nbs/dev/pages.ipynb #571ad3cb
@@ -45,18 +45,23 @@ def reading_order(root: Path) -> list[dict]:
 def _toctree(pages: list[str]) -> list[str]:
     return ["```{toctree}", ":hidden:", ":maxdepth: 1", "", *pages, "```", ""]
 
-def reading_page(root: Path) -> str:
-    """The page *Read in this order*, in MyST Markdown."""
-    lines = ["# Read in this order", "", "The library notebooks are a course on curvature: each builds on those before it, and imports only from them.", ""]
-    number, pages = 0, []
+def _file_name(kind: str, title: str) -> str:
+    return f"{kind}-{title.lower().replace(' ', '-')}"
+
+def reading_pages(root: Path) -> dict[str, str]:
+    """The page *Read in this order* and one page for each part, so that the sidebar can fold them: file name → MyST Markdown."""
+    whole = ["# Read in this order", "", ":::{container} lead", "The library notebooks are a course on curvature. Each builds on those before it, and imports only from them.", ":::", ""]
+    pages, number = {}, 0
     for part in reading_order(root):
-        lines += [f"## {part['title']}", "", part["about"].strip(), ""]
+        lines = [part["about"].strip(), ""]
         for notebook in part["notebooks"]:
             about, number = describe(notebook, root), number + 1
-            pages.append(about["page"])
             lines += [f"{number}. **[{about['title']}]({about['page']}.ipynb)**  ", f"   {about['summary']}"]
         lines.append("")
-    return "\n".join(lines + _toctree(pages))
+        whole += [f"## {part['title']}", "", *lines]
+        tree = _toctree([describe(notebook, root)["page"] for notebook in part["notebooks"]])
+        pages[_file_name("read", part["title"])] = "\n".join([f"# {part['title']}", "", *lines, *tree])
+    return {"read": "\n".join(whole + _toctree(list(pages))), **pages}
 
 # %% ../../nbs/dev/pages.ipynb #c090fe46
 def api_pages(root: Path) -> dict[str, str]:
@@ -70,7 +75,7 @@ def api_pages(root: Path) -> dict[str, str]:
         for module, about in modules:
             lines += [f"## {module}", "", f"{about['summary']} [Read the notebook]({about['page']}.ipynb).", "",
                       "```{eval-rst}", f".. automodule:: {module}", "   :members:", "   :show-inheritance:", "```", ""]
-        pages["api-" + part["title"].lower().replace(" ", "-")] = "\n".join(lines)
+        pages[_file_name("api", part["title"])] = "\n".join(lines)
     intro = "Signatures and docstrings of everything that the notebooks export. The notebooks explain; this page is for looking things up.\n"
     contents = "\n".join(["```{toctree}", ":maxdepth: 2", "", *pages, "```", ""])
     return {"api": f"# API reference\n\n{intro}\n{contents}", **pages}
@@ -131,7 +136,7 @@ def fresh_readme(root: Path) -> str:
 def write_pages(root: Path, target: Path) -> None:
     """Write all generated pages of the checkout `root` into the folder `target`; a page that is no longer made is removed."""
     known = gather(root)
-    pages = {"read": reading_page(root), "papers": papers_page(root, known), "ledger": ledger_page(known), **api_pages(root)}
+    pages = {**reading_pages(root), "papers": papers_page(root, known), "ledger": ledger_page(known), **api_pages(root)}
     target.mkdir(parents=True, exist_ok=True)
     for name, text in pages.items():
         path = target / f"{name}.md"
