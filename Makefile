@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 JOBS   ?= 2
 SIZE   ?= smoke
-OUT    ?= runs/$(SIZE)
+OUT    ?= runs
 # The index is used if it can be reached, else pip's own. For a GPU: TORCH_INDEX=https://download.pytorch.org/whl/cu130
 TORCH  ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -29,8 +29,8 @@ help:
 env: $(STAMP)
 
 reproduce: $(STAMP)
-	$(VENV)/bin/curvlab run --size $(SIZE) -j $(JOBS) --out $(OUT)
-	$(VENV)/bin/curvlab report --out $(OUT)
+	$(VENV)/bin/curvlab run --size $(SIZE) -j $(JOBS) --out $(OUT); code=$$?; \
+	$(VENV)/bin/curvlab report --size $(SIZE) --out $(OUT) && exit $$code
 
 test: $(STAMP)
 	$(PY) -m curvlab.dev.gate -j $(JOBS)

@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Run the project's checks.")
     parser.add_argument("stages", nargs="*", metavar="stage", help=f"some of {', '.join(STAGES)} (default: all)")
     parser.add_argument("-j", "--jobs", type=int, default=2, help="processes at a time")
-    parser.add_argument("--out", type=Path, default=Path("runs/smoke"), help="folder of the paper runs")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the paper runs")
     options = parser.parse_args(argv)
     for stage in options.stages:
         if stage not in STAGES:

@@ -5,7 +5,6 @@
 # %% ../../nbs/dev/verdicts.ipynb #7487672d
 from __future__ import annotations
 import argparse
-import shutil
 import sys
 from pathlib import Path
 from ..batch.run import latest_runs
@@ -13,7 +12,7 @@ from ..ledger.claims import SIZES, surprising
 from ..ledger.results import compare, read_results
 
 # %% auto #0
-__all__ = ['changed_verdicts', 'broken_exact_claims', 'not_committed', 'results_of_batch', 'committed', 'keep_results', 'main']
+__all__ = ['changed_verdicts', 'broken_exact_claims', 'not_committed', 'results_of_batch', 'committed', 'main']
 
 # %% ../../nbs/dev/verdicts.ipynb #2e6ce2c8
 def changed_verdicts(before: dict[str, dict], after: dict[str, dict]) -> list[str]:
@@ -40,34 +39,21 @@ def committed(folder: Path) -> dict[str, dict]:
     """The results in `folder` (`<paper>.json`), none if it does not exist."""
     return read_results(folder) if folder.is_dir() else {}
 
-def keep_results(out: Path, size: str, folder: Path) -> list[Path]:
-    """Copy the newest results of the batch `out` at `size` into `folder`, ready to be committed; returns the files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = []
-    for paper, (run, _) in sorted(latest_runs(out, size).items()):
-        kept.append(folder / f"{paper}.json")
-        shutil.copyfile(run / "claims.json", kept[-1])
-    return kept
-
 # %% ../../nbs/dev/verdicts.ipynb #dc1403f9
 def main(argv: list[str] | None = None) -> int:
     """The command `python -m curvlab.dev.verdicts`; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Compare a batch with the committed results, or prepare its results for a commit.")
-    parser.add_argument("action", choices=["check", "keep"])
+    parser = argparse.ArgumentParser(description="Judge a batch: no verdict changed, no exact claim against its expectation.")
     parser.add_argument("batch", type=Path, help="folder of the batch")
-    parser.add_argument("results", type=Path, help="folder of the committed results at this size")
+    parser.add_argument("results", type=Path, help="folder of the committed results (with one folder a size)")
     parser.add_argument("--size", choices=SIZES, default="smoke")
     options = parser.parse_args(argv)
     after = results_of_batch(options.batch, options.size)
     if not after:
         print(f"{options.batch} holds no finished run at size {options.size}")
         return 1
-    if options.action == "keep":
-        print(*keep_results(options.batch, options.size, options.results), sep="\n")
-        return 0
-    before = committed(options.results)
+    before = committed(options.results / options.size)
     faults = changed_verdicts(before, after) + broken_exact_claims(after)
-    print(*not_committed(before, after), *faults, f"{len(after)} papers compared, {len(faults)} faults", sep="\n")
+    print(*not_committed(before, after), *faults, f"{len(after)} papers judged, {len(faults)} faults", sep="\n")
     return int(bool(faults))
 
 # %% ../../nbs/dev/verdicts.ipynb #44df5e55
