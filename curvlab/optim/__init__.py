@@ -3,6 +3,7 @@ import importlib
 
 METHODS = {
     "SGD": "first_order", "Adam": "first_order", "AMSGrad": "first_order", "AdaGrad": "first_order", "SignDescent": "first_order",
+    "KFAC": "kfac",
 }
 RULES = {"Armijo": "step_rules", "Polyak": "step_rules", "QuadraticModel": "step_rules"}
 OTHERS = {"CurvatureOptimizer": "engine", "FallbackWarning": "engine", "NonFiniteError": "engine"}
