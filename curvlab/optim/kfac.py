@@ -54,7 +54,8 @@ class KFAC(CurvatureOptimizer):
         approximation: of weights applied at several positions: `"expand"` or `"reduce"`.
         decay: of the running averages, `eps_k = min(1 - 1/k, decay)`: a plain average first, hence no bias.
         observe_every, refresh_every: steps between statistics, and between factorisations.
-        **shared: see `CurvatureOptimizer`; `kl_clip` bounds the step's approximate KL divergence.
+        kl_clip: bound on `lr^2 * d . g`, twice the approximate KL divergence of a step before momentum; `None` for the bare natural gradient.
+        **shared: see `CurvatureOptimizer`.
 
     Raises:
         TypeError: `model` is not a module, the closure is plain, or the loss has no likelihood.
@@ -64,7 +65,7 @@ class KFAC(CurvatureOptimizer):
     needs_closure = True
 
     def __init__(self, model: nn.Module, lr: float = 0.1, momentum: float = 0.9, damping: float = 1e-3, curvature: str = "fisher-mc", *, damping_in: str = "factored", structure: str = "block-diagonal",
-                 approximation: str = "expand", decay: float = 0.95, observe_every=1, refresh_every=10, **shared: Any):
+                 approximation: str = "expand", decay: float = 0.95, observe_every=1, refresh_every=10, kl_clip: float | None = 1e-3, **shared: Any):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}: K-FAC works on layers, so pass the module (parameter groups go into groups=[...])")
         require(curvature in FISHERS, "curvature", curvature, f"use one of {', '.join(FISHERS)}")
@@ -74,7 +75,7 @@ class KFAC(CurvatureOptimizer):
         require(0 <= decay < 1, "decay", decay, "choose it in [0, 1)")
         require(structure == "block-diagonal" or damping_in == "factored", "damping_in", damping_in, "the tridiagonal structure damps its factors: use 'factored'")
         self.curvature, self.damping_in, self.structure, self.approximation, self.decay = curvature, damping_in, structure, approximation, decay
-        super().__init__(model, {"damping": damping}, lr=lr, momentum=momentum, observe_every=observe_every, refresh_every=refresh_every, **shared)
+        super().__init__(model, {"damping": damping}, lr=lr, momentum=momentum, observe_every=observe_every, refresh_every=refresh_every, kl_clip=kl_clip, **shared)
 
     def check_group(self, group):
         super().check_group(group)
