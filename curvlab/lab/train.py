@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .problems import Problem, problem
 from ..objective import Cost, Objective
+from ..optim.engine import NonFiniteError
 
 # %% auto #0
 __all__ = ['ACCOUNT', 'resolve', 'Recipe', 'parse', 'Batches', 'Budget', 'step_decay', 'cosine', 'inverse_power', 'WeightAverage',
@@ -293,10 +294,12 @@ def advance(run: Run) -> bool:
     run.closure = run.objective.at(x, y)
     try:
         loss = float(run.optimizer.step(run.closure))
-    except (torch.linalg.LinAlgError, FloatingPointError):
-        loss = math.inf   # factorisations of matrices that are no longer finite
+    except NonFiniteError:        # our optimizers refuse such a step
+        loss = math.inf
+    except torch.linalg.LinAlgError:
         if all(p.isfinite().all() for p in run.model.parameters()):
-            raise
+            raise                 # a fault of the method, not a divergence
+        loss = math.inf
     run.seconds += time.perf_counter() - begin
     run.step += 1
     grads = [p.grad for p in run.model.parameters() if p.grad is not None]

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.progress import Progress
 
 from .problems import Problem, problem
 from .train import Budget, Recipe, Records, parse, train
@@ -144,13 +145,18 @@ def run_job(job: Job) -> Records:
     return train(task, job.make, job.budget, seed=job.seed, label=job.label, **job.settings).bare()
 
 
-def run_jobs(jobs: Sequence[Job], n_jobs: int = 1) -> list[Records]:
-    """Do all jobs, `n_jobs` at a time, and return their records in order.
+def run_jobs(jobs: Sequence[Job], n_jobs: int = 1, after: Callable[[], None] = lambda: None) -> list[Records]:
+    """Do all jobs, `n_jobs` at a time, and return their records in order; `after` is called as each one is finished.
 
     Raises `ValueError` if jobs for other processes hold what cannot be sent, or have budgets in seconds (processes disturb each other's clocks).
     """
-    if n_jobs == 1 or len(jobs) == 1:
-        return [run_job(job) for job in jobs]
+    def finished(results):
+        for records in results:
+            after()
+            yield records
+
+    if n_jobs == 1:
+        return list(finished(map(run_job, jobs)))
     for job in jobs:
         if not isinstance(job.make, Recipe) or (isinstance(job.task, Problem) and job.task.options is None):
             raise ValueError(f"n_jobs={n_jobs}: {job.label} has a hand-made problem or optimizer, which cannot be sent to another process; use n_jobs=1, or names from the registries")
@@ -158,7 +164,7 @@ def run_jobs(jobs: Sequence[Job], n_jobs: int = 1) -> list[Records]:
             raise ValueError(f"n_jobs={n_jobs}: a budget in seconds needs a quiet machine; use n_jobs=1")
     sent = [replace(job, task=(job.task.name, dict(job.task.options))) if isinstance(job.task, Problem) else job for job in jobs]
     with ProcessPoolExecutor(n_jobs, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(run_job, sent))
+        return list(finished(pool.map(run_job, sent)))
 
 # %% ../../nbs/lab/tune.ipynb #bfd5df73
 @dataclass(frozen=True)
@@ -254,7 +260,7 @@ def search(methods: Sequence[Method], trials: int | None, evaluate: Callable[[Se
 
 # %% ../../nbs/lab/tune.ipynb #85e8a2d9
 def tune(task: Problem | str, methods: Sequence[Method], budget: Budget | int | str | None = None, *, trials: int | None = None, pilot_budget: Budget | int | str | None = None, pilot_seed: int = 0,
-         seeds: Sequence[int] = (1, 2, 3), criterion: str = "loss", maximise: bool = False, rounds: int = 3, extra: int = 2, n_jobs: int = 1, **settings) -> Tuned:
+         seeds: Sequence[int] = (1, 2, 3), criterion: str = "loss", maximise: bool = False, rounds: int = 3, extra: int = 2, n_jobs: int = 1, progress: bool = False, **settings) -> Tuned:
     """Tune all methods by equal rules, then measure them on fresh seeds.
 
     Args:
@@ -264,7 +270,7 @@ def tune(task: Problem | str, methods: Sequence[Method], budget: Budget | int | 
         pilot_seed, seeds: the seed of all trials, and the fresh seeds.
         criterion: the recorded column whose last value ranks trials; `maximise=True` if larger is better.
         rounds, extra: at most `rounds` times, `extra` more trials for every method while some method's best is on an edge.
-        n_jobs: processes. settings: arguments of `train` for all runs, such as `evaluate_every`, `schedule`, `batch`.
+        n_jobs: processes. progress: show a bar. settings: arguments of `train` for all runs, such as `evaluate_every`, `schedule`, `batch`.
 
     Raises `ValueError` for unequal trials, equal labels, or a pilot seed among the fresh ones.
     """
@@ -276,15 +282,20 @@ def tune(task: Problem | str, methods: Sequence[Method], budget: Budget | int | 
     short = Budget.of(pilot_budget or budget)
     sign = -1.0 if maximise else 1.0
 
+    def run_all(jobs):
+        bar.update(counter, total=bar.tasks[counter].total + len(jobs))
+        return run_jobs(jobs, n_jobs, lambda: bar.advance(counter))
+
     def evaluate(pairs):
         common = {"evaluate_every": 10**9, **settings} if criterion == "loss" else settings   # the last evaluation is enough
-        done = run_jobs([Job(task, m.label, m.bound(o), short, pilot_seed, {**common, **m.settings}) for m, o in pairs], n_jobs)
+        done = run_all([Job(task, m.label, m.bound(o), short, pilot_seed, {**common, **m.settings}) for m, o in pairs])
         return [math.inf if run.diverged else sign * float(run[criterion][-1]) for run in done]
 
-    log = search(methods, trials, evaluate, rounds, extra)
-    best = {m.label: best_trial(log, m.label) if m.search else Trial(m.label, {}, (), math.nan, 0) for m in methods}
-    jobs = [Job(task, m.label, m.bound(best[m.label].options), budget, seed, {**settings, **m.settings}) for m in methods for seed in seeds]
-    done = run_jobs(jobs, n_jobs)
+    with Progress(*Progress.get_default_columns(), transient=True, disable=not progress) as bar:
+        counter = bar.add_task("runs", total=0)
+        log = search(methods, trials, evaluate, rounds, extra)
+        best = {m.label: best_trial(log, m.label) if m.search else Trial(m.label, {}, (), math.nan, 0) for m in methods}
+        done = run_all([Job(task, m.label, m.bound(best[m.label].options), budget, seed, {**settings, **m.settings}) for m in methods for seed in seeds])
     runs = {m.label: done[i * len(seeds) : (i + 1) * len(seeds)] for i, m in enumerate(methods)}
     names = lambda m: tuple(list(m.search)[i] for i, _ in edges(m, [t.place for t in log if t.label == m.label], best[m.label].place)) if m.search else ()
     return Tuned(criterion, {label: t.options for label, t in best.items()}, runs, {m.label: names(m) for m in methods}, tuple(log))
