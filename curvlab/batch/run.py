@@ -244,13 +244,13 @@ def work(job):
 def set_aside(folder, message):
     "Keep what a failed run left behind (log, notebook with the traceback, `message`) under a name that says so; returns its folder."
     aside = folder.with_name(folder.name.replace(".partial-", "failed-"))
+    shutil.rmtree(aside, ignore_errors=True)
     try:
-        (folder / "error.txt").write_text(message + "\n", encoding="utf-8")
-        shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
-        return aside
+        (aside / "error.txt").write_text(message + "\n", encoding="utf-8")
     except OSError:
-        return folder
+        pass                    # a full disk keeps no message; the outcome carries it
+    return aside if aside.exists() else folder
 
 # %% ../../nbs/batch/run.ipynb #a44ce097
 def conclude(job, folder, start):
