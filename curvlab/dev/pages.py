@@ -88,7 +88,7 @@ def _built(root: Path, known: Knowledge) -> list[str]:
             continue
         about = describe(root / "nbs" / "papers" / f"{paper.id}.ipynb", root)
         ends = [f"**{size}** {words}" for size in known.results if (words := tally(paper, known, size))]
-        lines += [f"### [{about['title']}]({about['page']}.ipynb)", "", f"*{paper.title}*, {paper.authors}, {paper.year}. {paper.question}", ""]
+        lines += [f"## [{about['title']}]({about['page']}.ipynb)", "", f"*{paper.title}*, {paper.authors}, {paper.year}. {paper.question}", ""]
         lines += [":::{container} tally", " · ".join(ends), ":::", ""] if ends else []
     return lines
 
