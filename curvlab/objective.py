@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 from .likelihood import Likelihood, cotangents, likelihood_of
 
 # %% auto #0
-__all__ = ['log', 'Cost', 'bare', 'Evaluation', 'Objective', 'Closure', 'evaluate', 'mean_', 'release', 'hvp', 'ggnvp',
-           'require_likelihood', 'per_example_grads']
+__all__ = ['log', 'Cost', 'bare', 'Evaluation', 'Objective', 'Closure', 'evaluate', 'undo_buffers', 'mean_', 'release', 'hvp',
+           'ggnvp', 'require_likelihood', 'per_example_grads']
 
 # %% ../nbs/objective.ipynb #ff1cf95c
 @dataclass
@@ -67,13 +67,26 @@ class _MathAttention(TorchFunctionMode):
     said = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not nn.functional.scaled_dot_product_attention:
+        # inside multi_head_attention_forward the mode is off, so it is caught here as a whole
+        if func not in (nn.functional.scaled_dot_product_attention, nn.functional.multi_head_attention_forward):
             return func(*args, **(kwargs or {}))
         if not _MathAttention.said:
             log.warning("attention runs with the math kernel where second derivatives are needed: fused kernels have none")
             _MathAttention.said = True
         with sdpa_kernel(SDPBackend.MATH):
             return func(*args, **(kwargs or {}))
+
+
+def _differentiable_twice(model: nn.Module) -> contextlib.ExitStack:
+    "Around a forward pass whose gradient will be differentiated."
+    stack = contextlib.ExitStack()
+    stack.enter_context(_MathAttention())
+    if any(isinstance(m, nn.RNNBase) for m in model.modules()):
+        stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+    if hasattr(torch.compiler, "set_stance"):  # torch >= 2.6
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+    return stack
 
 # %% ../nbs/objective.ipynb #30b99191
 class _Frozen:
@@ -251,8 +264,10 @@ class Closure:
         self.params = objective.params
         self.loss: Tensor | None = None
         self.parts = [(x, y)] if chunk is None or chunk >= n else list(zip(_pieces(x, chunk), y.split(chunk)))
+        self.shares = [1.0] if len(self.parts) == 1 else self._split()
         self._frozen: dict[int, _Frozen] = {}
         self._trained = False  # whether a training evaluation has moved the buffers
+        self._buffers: list[tuple[Tensor, Tensor]] = []  # buffers of training modules and their values before it
         self._graph: tuple[Any, _Graph] | None = None
         device = y.device.type
         # an optimizer runs its own mathematics outside autocast; evaluations keep the context the closure was made in
@@ -263,15 +278,17 @@ class Closure:
         return self.evaluate() if backward else self._value()
 
 # %% ../nbs/objective.ipynb #9e60c9e8
-def _shares(self: Closure) -> list[float | Tensor]:
-    "Weight of each part's own loss in the loss of the batch."
-    if self.objective.average == "sum" or len(self.parts) == 1:
+def _split(self: Closure) -> list[float | Tensor]:
+    "Weight of each part's own loss in the loss of the batch; parts without a counted term are made harmless."
+    if self.objective.average == "sum":
         return [1.0] * len(self.parts)
-    lik = self.objective.likelihood
-    if self.objective.average == "mean" and hasattr(lik, "ignore_index") and not self.parts[0][1].is_floating_point():
-        counts = [(y != lik.ignore_index).sum() for _, y in self.parts]
-    else:
-        counts = [len(y) for _, y in self.parts]
+    ignored = getattr(self.objective.loss, "ignore_index", None)
+    if self.objective.average != "mean" or ignored is None or self.parts[0][1].is_floating_point():
+        return [len(y) / self.size for _, y in self.parts]
+    weight = getattr(self.objective.loss, "weight", None)
+    counts = [(y != ignored).double() if weight is None else (y != ignored) * weight.double()[y.clamp(min=0)] for _, y in self.parts]
+    counts = [c.sum() for c in counts]
+    self.parts = [(x, torch.where(c > 0, y, 0)) for c, (x, y) in zip(counts, self.parts)]
     return [c / sum(counts) for c in counts]
 
 
@@ -282,7 +299,7 @@ def _context(self: Closure, second_order: bool) -> contextlib.ExitStack:
         device, dtype, enabled = self._autocast
         stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
     if second_order:
-        stack.enter_context(_MathAttention())
+        stack.enter_context(_differentiable_twice(self.objective.model))
     return stack
 
 
@@ -315,7 +332,7 @@ def _forward(self: Closure, part: int, share: float | Tensor, inner: bool) -> tu
     return Evaluation(outputs, y, share, o.likelihood, self.size), share * loss
 
 
-Closure._shares, Closure._context, Closure._replay, Closure._forward = _shares, _context, _replay, _forward
+Closure._split, Closure._context, Closure._replay, Closure._forward = _split, _context, _replay, _forward
 
 # %% ../nbs/objective.ipynb #e4ef446a
 def evaluate(self: Closure, observers: Sequence[Any] = (), second_order: bool = False, keep_graph: bool = False) -> Tensor:
@@ -330,12 +347,34 @@ def evaluate(self: Closure, observers: Sequence[Any] = (), second_order: bool = 
     Returns: the detached loss, averaged over ranks where the model is data-parallel.
     """
     self.release()
-    for p in self.params:
+    for p in bare(self.objective.model).parameters():  # a layer that has just been frozen must not keep its last gradient
         p.grad = None
+    if not self._trained:
+        self._buffers = [(b, b.clone()) for m in self.objective.model.modules() if m.training for b in m._buffers.values() if b is not None]
+    try:
+        self.loss = self._train(observers, second_order, keep_graph)
+    except BaseException:
+        self.undo_buffers()
+        raise
+    self._trained = True
+    self.objective.cost.evaluations += 1
+    return self.loss
+
+
+def undo_buffers(self: Closure, unless: Tensor | bool = False) -> None:
+    "Take back what the training evaluation did to buffers (batch-norm statistics of a batch that turned out useless), `unless` this scalar is true."
+    with torch.no_grad():
+        for b, before in self._buffers:
+            b.copy_(torch.where(unless, b, before) if isinstance(unless, Tensor) else before)
+    self._trained = self._trained and isinstance(unless, Tensor)
+
+
+def _train(self: Closure, observers: Sequence[Any], second_order: bool, keep_graph: bool) -> Tensor:
+    "Forward and backward passes of all parts; the loss of the batch."
     keep = len(self.parts) == 1 and (second_order or keep_graph)
     inner = bool(observers) or second_order or keep_graph
     total = 0.0
-    for i, share in enumerate(self._shares()):
+    for i, share in enumerate(self.shares):
         with self._replay(i, move_buffers=not self._trained), torch.enable_grad():
             with contextlib.ExitStack() as stack, self._context(second_order or keep_graph):
                 for o in observers:
@@ -346,12 +385,9 @@ def evaluate(self: Closure, observers: Sequence[Any] = (), second_order: bool = 
             self._backward(evaluation, loss, observers, second_order and keep, keep, inner)
         total = total + loss.detach()
         self.objective.cost.backward += len(evaluation.targets)
-    self._trained = True
-    self.objective.cost.evaluations += 1
     if inner:
         self.mean_([p.grad for p in self.params if p.grad is not None])
-    self.loss = self.mean_([total])[0]
-    return self.loss
+    return self.mean_([total])[0]
 
 
 def _backward(self: Closure, evaluation: Evaluation, loss: Tensor, observers: Sequence[Any], second_order: bool, keep: bool, inner: bool) -> None:
@@ -373,13 +409,13 @@ def _backward(self: Closure, evaluation: Evaluation, loss: Tensor, observers: Se
         self._graph = self._key(), _Graph(evaluation, loss, self.params, own if second_order else None)
 
 
-Closure.evaluate, Closure._backward = evaluate, _backward
+Closure.evaluate, Closure.undo_buffers, Closure._train, Closure._backward = evaluate, undo_buffers, _train, _backward
 
 # %% ../nbs/objective.ipynb #a336af05
 def _value(self: Closure) -> Tensor:
     "The loss alone, without a graph."
     total = 0.0
-    for i, share in enumerate(self._shares()):
+    for i, share in enumerate(self.shares):
         with self._replay(i, move_buffers=False), torch.no_grad(), self._context(False):
             total = total + self._forward(i, share, True)[1]
     self.objective.cost.evaluations += 1
@@ -414,7 +450,7 @@ def _graphs(self: Closure) -> Iterator[_Graph]:
     if self._graph is not None and self._graph[0] == self._key():
         yield self._graph[1]
         return
-    for i, share in enumerate(self._shares()):
+    for i, share in enumerate(self.shares):
         with self._replay(i, move_buffers=False), torch.enable_grad(), self._context(True):
             evaluation, loss = self._forward(i, share, True)
         graph = _Graph(evaluation, loss, self.params)

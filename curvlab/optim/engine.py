@@ -113,6 +113,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         if unknown:
             raise TypeError(f"{type(self).__name__} has no argument {sorted(unknown)[0]!r}; shared arguments are {', '.join(SHARED)}")
         require(fallback in ("adam", "sgd"), "fallback", fallback, "use 'adam' or 'sgd'")
+        require(fallback_scale >= 0, "fallback_scale", fallback_scale, "it multiplies lr and must be at least 0")
         for name, every in (("observe_every", observe_every), ("refresh_every", refresh_every)):
             require(callable(every) or (isinstance(every, int) and every >= 1), name, every, "give a positive number of steps or a function of the step")
         self.model = bare(model) if isinstance(model, nn.Module) else None
@@ -139,6 +140,7 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         require(group["momentum"] > 0 or not group["nesterov"], "nesterov", group["nesterov"], "it needs momentum > 0")
         for name in ("kl_clip", "max_norm"):
             require(group[name] is None or group[name] > 0, name, group[name], "give a positive bound or None")
+        require(self.step_rule is None or not group["maximize"], "maximize", group["maximize"], "a step rule searches for a smaller loss; negate the loss instead")
 
     def add_param_group(self, group: dict[str, Any]) -> None:
         super().add_param_group(group)
@@ -152,6 +154,11 @@ class CurvatureOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
+    def __getstate__(self) -> dict[str, Any]:
+        # torch copies and pickles only its own three attributes; hooks and a scheduler's wrapper of `step` are dropped as there
+        ours = {k: v for k, v in vars(self).items() if k != "step" and not k.startswith("_optimizer_")}
+        return {**ours, "closure": None}
+
 # %% ../../nbs/optim/engine.ipynb #3ce5dc9b
 @torch._disable_dynamo
 def step(self: CurvatureOptimizer, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -159,24 +166,26 @@ def step(self: CurvatureOptimizer, closure: Callable[[], Tensor] | None = None) 
 
     Returns: the loss at the parameters before the step.
     """
-    loss = self._evaluate(closure)
-    with torch.no_grad(), self._own_precision():
-        active = self._active()
-        self._refuse_nonfinite(loss, [g for _, _, grads in active for g in grads])
-        self._couple_weight_decay(active)
-        steps = self.param_groups[0]["steps"]
-        if due(self.observe_every, steps):
-            self.observe(active)
-        if due(self.refresh_every, steps):
-            self.refresh()
-        directions = self.directions(active)
-        self._rescale(active, directions)
-        self._apply(loss, active, directions)
-        self.param_groups[0]["steps"] = steps + 1
-    if self.closure is not None:
-        self.closure.release()
-        self.closure = None
-    return loss
+    try:
+        loss = self._evaluate(closure)
+        with torch.no_grad(), self._own_precision():
+            active = self._active()
+            self._refuse_nonfinite(loss, [g for _, _, grads in active for g in grads])
+            self._couple_weight_decay(active)
+            steps = self.param_groups[0]["steps"]
+            if due(self.observe_every, steps):
+                self.observe(active)
+            if due(self.refresh_every, steps):
+                self.refresh()
+            directions = self.directions(active)
+            self._rescale(active, directions)
+            self._apply(loss, active, directions)
+            self.param_groups[0]["steps"] = steps + 1
+        return loss
+    finally:
+        if self.closure is not None:
+            self.closure.release()
+            self.closure = None
 
 
 CurvatureOptimizer.step = step
@@ -227,11 +236,13 @@ def _refuse_nonfinite(self: CurvatureOptimizer, loss: Tensor | None, grads: list
     self.finite = None
     if not grads:
         return
-    values = torch.stack([n.float() for n in torch._foreach_norm(grads, float("inf"))] + ([loss.detach().float()] if loss is not None else []))
-    finite = values.isfinite().all()
-    if values.device.type == "cpu":
+    values = [*torch._foreach_norm(grads, float("inf"))] + ([loss.detach()] if isinstance(loss, Tensor) else [])
+    dtype = torch.float64 if any(v.dtype == torch.float64 for v in values) else torch.float32
+    finite = torch.stack([v.to(dtype) for v in values]).isfinite().all()
+    if finite.device.type == "cpu":
         if not finite:
-            self._forget()
+            if self.closure is not None:
+                self.closure.undo_buffers()
             what = "the gradient" if loss is None or loss.isfinite() else f"loss={loss}"
             raise NonFiniteError(f"{what} is not finite: the step was refused, parameters and state are unchanged; lower lr, raise damping or look at the batch")
         return
@@ -239,13 +250,8 @@ def _refuse_nonfinite(self: CurvatureOptimizer, loss: Tensor | None, grads: list
     self.refused = (~finite).int() + getattr(self, "refused", 0)
     for g in grads:
         g.copy_(torch.where(finite, g, 0.0))
-
-
-def _forget(self: CurvatureOptimizer) -> None:
-    "Drop what was observed in a refused step."
     if self.closure is not None:
-        self.closure.release()
-        self.closure = None
+        self.closure.undo_buffers(unless=finite)
 
 
 def average_(self: CurvatureOptimizer, old: list[Tensor], new: Sequence[Tensor], weight: float) -> None:
@@ -255,7 +261,7 @@ def average_(self: CurvatureOptimizer, old: list[Tensor], new: Sequence[Tensor],
     torch._foreach_lerp_(old, list(new), weight)
 
 
-CurvatureOptimizer._refuse_nonfinite, CurvatureOptimizer._forget, CurvatureOptimizer.average_ = _refuse_nonfinite, _forget, average_
+CurvatureOptimizer._refuse_nonfinite, CurvatureOptimizer.average_ = _refuse_nonfinite, average_
 
 # %% ../../nbs/optim/engine.ipynb #d49b25f2
 Active = list[tuple[dict[str, Any], list[Tensor], list[Tensor]]]
@@ -310,15 +316,13 @@ def _couple_weight_decay(self: CurvatureOptimizer, active: Active) -> None:
 def _rescale(self: CurvatureOptimizer, active: Active, directions: list[list[Tensor]]) -> None:
     "KL clip and norm bound, over all groups jointly, in place; bounds and `lr` are the first group's."
     group = active[0][0] if active else {"kl_clip": None, "max_norm": None}
-    flat = [(d, g) for ds, (_, _, grads) in zip(directions, active) for d, g in zip(ds, grads)]
-    lr = group.get("lr")
-    for bound, size in ((group["kl_clip"], lambda: lr**2 * torch.stack([(d * g).sum() for d, g in flat]).sum()),
-                        (group["max_norm"], lambda: (lr * torch.linalg.vector_norm(torch.stack(torch._foreach_norm([d for d, _ in flat])))) ** 2)):
-        if bound is not None:
-            limit = bound if bound is group["kl_clip"] else bound**2
-            factor = (limit / size().abs().clamp(min=1e-38)).sqrt().clamp(max=1.0)
+    for name, power in (("kl_clip", 1), ("max_norm", 2)):
+        if group[name] is not None:
+            flat = [(d, g if name == "kl_clip" else d) for ds, (_, _, grads) in zip(directions, active) for d, g in zip(ds, grads)]
+            size = group["lr"] ** 2 * torch.stack([(d * other).sum() for d, other in flat]).sum().abs()
+            factor = (group[name] ** power / size.clamp(min=1e-38)).sqrt().clamp(max=1.0)
             for i, ds in enumerate(directions):
-                directions[i] = [d * factor for d in ds]
+                directions[i] = torch._foreach_mul(ds, factor)
 
 
 CurvatureOptimizer._couple_weight_decay, CurvatureOptimizer._rescale = _couple_weight_decay, _rescale
@@ -328,10 +332,11 @@ def _apply(self: CurvatureOptimizer, loss: Tensor | None, active: Active, direct
     "Decide the step, then move all groups."
     search, step = None, None
     if self.step_rule is not None and active:
+        self._relative(active, directions)
         search = self._search(loss, active, directions)
         step = self.step_rule(search)
     for (group, params, _), ds in zip(active, directions):
-        lr = group["lr"] if step is None else step.alpha if group is active[0][0] else step.alpha * (group["lr"] / active[0][0]["lr"])
+        lr = group["lr"] if step is None else step.alpha
         if group["weight_decay"] and group["decoupled"]:
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         if step is not None and step.mu is not None:
@@ -342,6 +347,15 @@ def _apply(self: CurvatureOptimizer, loss: Tensor | None, active: Active, direct
         self._move(params, ds, lr)
     if search is not None:
         self.step_rule.after(search)
+
+
+def _relative(self: CurvatureOptimizer, active: Active, directions: list[list[Tensor]]) -> None:
+    "A step rule decides one step for all: a group whose `lr` differs from the first group's has it in its direction, so that the rule sees where it goes."
+    first = self.param_groups[0]["lr"]
+    for i, (group, _, _) in enumerate(active):
+        if group["lr"] != first:
+            require(first > 0, "lr", first, "with a step rule the learning rates are relative to the first group's, which must be positive")
+            directions[i] = torch._foreach_mul(directions[i], group["lr"] / first)
 
 
 def _search(self: CurvatureOptimizer, loss: Tensor, active: Active, directions: list[list[Tensor]]) -> Search:
@@ -360,7 +374,7 @@ def _plane(self: CurvatureOptimizer, params: list[Tensor], ds: list[Tensor], ste
     return torch._foreach_neg(update)
 
 
-CurvatureOptimizer._apply, CurvatureOptimizer._search, CurvatureOptimizer._plane = _apply, _search, _plane
+CurvatureOptimizer._apply, CurvatureOptimizer._relative, CurvatureOptimizer._search, CurvatureOptimizer._plane = _apply, _relative, _search, _plane
 
 # %% ../../nbs/optim/engine.ipynb #0997d1c9
 def _momentum(self: CurvatureOptimizer, group: dict[str, Any], params: list[Tensor], ds: list[Tensor]) -> list[Tensor]:

@@ -1,0 +1,85 @@
+"""All optimizers of the package, how the tests build them, and small helpers to train with them."""
+import inspect
+
+import torch
+
+from curvlab import Objective, optim
+
+METHODS = tuple(optim.METHODS)
+
+# Arguments without a default.
+ARGUMENTS: dict[str, dict] = {}
+
+# Methods whose algorithm decides on the host, with the reason; all others read nothing from the device in a step.
+HOST_DECISIONS: dict[str, str] = {}
+
+# Methods that train some kinds of parameter by the engine's fallback and must say so.
+LAYERWISE = {"KFAC"}
+
+# Methods that draw from the model's predictive distribution: the draws of another split of the batch are other draws, so where
+# two ways to evaluate one batch are compared the curvature is computed without sampling.
+WITHOUT_SAMPLING = {"KFAC": {"curvature": "fisher-exact"}}
+
+
+def needs_closure(method):
+    """Whether a gradient is not enough for this method."""
+    return getattr(optim, method).needs_closure
+
+
+GRADIENT_ONLY = tuple(m for m in METHODS if not needs_closure(m))
+
+
+def build(method, model, exact=False, **arguments):
+    """The optimizer with its default settings; `exact` switches sampling of targets off."""
+    chosen = {**ARGUMENTS.get(method, {}), **(WITHOUT_SAMPLING.get(method, {}) if exact else {}), **arguments}
+    return getattr(optim, method)(model, **chosen)
+
+
+def accepts(method, argument):
+    """Whether the constructor names this argument or passes it on to the shared ones."""
+    parameters = inspect.signature(getattr(optim, method).__init__).parameters
+    return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def train(optimizer, problem, steps, chunk=None):
+    """Full-batch steps; returns the losses before each step and the one at the end."""
+    objective = problem.objective()
+    losses = [float(optimizer.step(objective.at(problem.x, problem.y, chunk))) for _ in range(steps)]
+    return losses + [float(objective.at(problem.x, problem.y)(backward=False))]
+
+
+def snapshot(model):
+    """Copies of all parameters and buffers."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
+def tensors_of(value):
+    """Every tensor inside nested dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [t for child in children for t in tensors_of(child)]
+
+
+def same(a, b):
+    """Whether two nested values (state dicts) are equal bit for bit, tensors included."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+class Problem:
+    """A model, a loss and one batch."""
+
+    def __init__(self, model, loss, x, y, **options):
+        self.model, self.loss, self.x, self.y, self.options = model, loss, x, y, options
+
+    def objective(self, model=None):
+        return Objective(self.model if model is None else model, self.loss, **self.options)
+
+    def closure(self, **arguments):
+        return self.objective().at(self.x, self.y, **arguments)

@@ -1,0 +1,56 @@
+"""Work of the spawned processes of the data-parallel tests."""
+import traceback
+from datetime import timedelta
+
+import nets
+import torch
+import torch.distributed as dist
+from methods import METHODS, Problem, build
+from torch.nn.parallel import DistributedDataParallel
+
+STEPS = 4
+
+
+def joint_problem():
+    return nets.mlp(torch.double)
+
+
+def steps_on(method, problem, model):
+    """Parameters after a few steps, with intervals so that averages and factorisations of several ages meet."""
+    optimizer = build(method, model, exact=True)
+    objective = problem.objective(model)
+    losses = [float(optimizer.step(objective.at(problem.x, problem.y))) for _ in range(STEPS)]
+    return [p.detach().clone() for p in model.parameters()], losses
+
+
+def own_share(problem, rank, world):
+    return Problem(problem.model, problem.loss, problem.x.tensor_split(world)[rank], problem.y.tensor_split(world)[rank])
+
+
+def sharded_error(method):
+    """The error of building the method over FSDP2 parameters."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = joint_problem().model
+    fully_shard(model)
+    try:
+        build(method, model)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def main(rank, world, folder):
+    """Train every method on this rank's share; write what happened to `folder`."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    results = {}
+    for method in METHODS:
+        try:
+            problem = own_share(joint_problem(), rank, world)
+            params, losses = steps_on(method, problem, DistributedDataParallel(problem.model))
+            results[method] = {"params": params, "losses": losses, "sharded": sharded_error(method)}
+        except Exception:
+            results[method] = {"error": traceback.format_exc()}
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
