@@ -43,7 +43,7 @@ class Size(str, Enum):
 
 OUT = Annotated[Path, typer.Option("--out", help="Folder of the runs.")]
 SIZE = Annotated[Size, typer.Option("--size", help="smoke: seconds a paper; cpu: minutes; gpu: closest to the paper that one GPU allows.")]
-PAPERS = Annotated[list[str] | None, typer.Argument(help="Ids of papers (default: all that are built).", metavar="[PAPER]...", show_default=False)]
+PAPERS = Annotated[list[str] | None, typer.Argument(help="Ids of papers (default: all that are built).", metavar="PAPER", show_default=False)]
 
 
 def console():
@@ -81,7 +81,7 @@ def marks(result):
     return " ".join(f"[{style(c['verdict'], c['expected'])}]{MARKS[c['verdict']]}[/]" for c in result["claims"].values())
 
 
-@app.command("list", epilog="Examples:  [bold]curvlab list --built[/]   [bold]curvlab list --family kronecker[/]   [bold]curvlab list --json | jq length[/]")
+@app.command("list", epilog="Examples:  [bold]curvlab list --built[/]\n\n[bold]curvlab list --family kronecker[/]\n\n[bold]curvlab list --json | jq length[/]")
 def list_papers(built: Annotated[bool, typer.Option("--built", help="Only papers with a notebook.")] = False,
                 family: Annotated[str, typer.Option("--family", help="Only this family of methods.")] = "",
                 as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False):
@@ -154,7 +154,7 @@ def progress(screen):
         yield on_event
 
 # %% ../../nbs/batch/cli.ipynb #06952ffc
-@app.command(epilog="Examples:  [bold]curvlab run[/]   [bold]curvlab run kfac-2015 shampoo-2018 --size cpu -j 2[/]   [bold]curvlab run --scheduler tcp://10.0.0.1:8786 -j 16[/]\n\n"
+@app.command(epilog="Examples:  [bold]curvlab run[/]\n\n[bold]curvlab run kfac-2015 shampoo-2018 --size cpu -j 2[/]\n\n[bold]curvlab run --scheduler tcp://10.0.0.1:8786 -j 16[/]\n\n"
                     "Killed or interrupted? Give the same command again: finished runs are kept.")
 def run(papers: PAPERS = None, size: SIZE = Size.smoke,
         device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
@@ -196,7 +196,7 @@ def failures(out, size):
     return [(f.parent.name, (f / "error.txt").read_text(encoding="utf-8").strip() if (f / "error.txt").exists() else f"see {f}") for f in sorted(Path(out).glob(f"*/failed-{size}-*"))]
 
 
-@app.command(epilog="Examples:  [bold]curvlab report --open[/]   [bold]curvlab report --size cpu --out runs[/]")
+@app.command(epilog="Examples:  [bold]curvlab report --open[/]\n\n[bold]curvlab report --size cpu --out runs[/]")
 def report(out: OUT = Path("runs"), size: Annotated[Size | None, typer.Option("--size", help="Only this size (default: the newest of each).")] = None,
            open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False):
     "Print the table of claims and write OUT/report.html, one page with all figures."
@@ -296,19 +296,25 @@ def new(paper: Annotated[str, typer.Argument(help="Id of a paper of the ledger."
         console().print(f"{target}: {len(notebook.cells)} cells; now measure, then `curvlab run {paper}`")
 
 # %% ../../nbs/batch/cli.ipynb #6a03f7c0
-@app.command(epilog="Examples:  [bold]curvlab race digits-mlp --optimizers KFAC,Shampoo,torch.optim.AdamW --budget 300[/]\n\nNames without a dot are ours; others are imported as they stand.")
+@app.command(epilog="Examples:  [bold]curvlab race digits-mlp --optimizers KFAC,Shampoo,torch.optim.AdamW[/]\n\n[bold]curvlab race digits-mlp --optimizers 'KFAC(lr=0.1),torch.optim.SGD' --budget '30 s' --seeds 5[/]\n\n"
+                    "Names without a dot are ours, others are imported as they stand. Learning rates that are not given are searched, equally long for all. An unknown problem lists those that exist.")
 def race(problem: Annotated[str, typer.Argument(help="Name of a problem of the lab.")],
-         optimizers: Annotated[str, typer.Option(help="Names, separated by commas.")] = "KFAC,Shampoo,torch.optim.AdamW",
-         budget: Annotated[int, typer.Option(min=1, help="Steps for each optimizer.")] = 300,
-         seeds: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 1,
-         out: Annotated[Path, typer.Option("--out", help="Folder for the figure and the table.")] = Path("runs/race")):
+         optimizers: Annotated[str, typer.Option(help="Names, separated by commas, with options in brackets.")] = "KFAC,Shampoo,torch.optim.AdamW",
+         budget: Annotated[str, typer.Option(help="'200 steps', '8 epochs', '500 gradients' or '30 s' (default: the problem's).", show_default=False)] = "",
+         seeds: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 3,
+         trials: Annotated[int, typer.Option(min=1, help="Learning rates tried for each optimizer.")] = 5,
+         size: SIZE = Size.smoke, device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+         jobs: Annotated[int, typer.Option("-j", "--jobs", min=1, help="Processes.")] = 1,
+         out: Annotated[Path, typer.Option("--out", help="Folder for race.png and race.json.")] = Path("runs/race")):
     "Train with each optimizer on one problem; draw loss against steps and seconds, and print a table."
     from curvlab.lab.race import race as start
     try:
-        start(problem, [name.strip() for name in optimizers.split(",") if name.strip()], budget, seeds, out)
-    except (ValueError, KeyError, ImportError, AttributeError) as error:
+        outcome = start(problem, optimizers, budget or None, seeds, out, size=size.value, device=device, trials=trials, n_jobs=jobs, progress=True)
+    except (ValueError, KeyError, ImportError, OSError) as error:
         Console(stderr=True, highlight=False).print(f"[red]curvlab race:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from None
+    console().print(outcome.table())
+    console().print(f"figure and numbers: [bold]{out}/race.png[/], [bold]{out}/race.json[/]")
 
 
 @app.command("clean", epilog="Example:  [bold]curvlab clean --out runs[/]")
@@ -323,4 +329,4 @@ def clean_runs(out: OUT = Path("runs"), everything: Annotated[bool, typer.Option
 
 def main():
     "Entry point of the command `curvlab`."
-    app()
+    app(prog_name="curvlab")
