@@ -117,7 +117,7 @@ class Kronecker:
     def damped(self, lam: Tensor | float, pi: Tensor | None = None) -> Kronecker:
         "Factored damping with `pi` from the traces (or given); contains `lam` and cross terms, so it is larger than exact damping."
         pi = pi_of(self.A, self.G) if pi is None else pi
-        root = torch.as_tensor(lam, dtype=self.A.dtype, device=self.A.device).sqrt()
+        root = lam**0.5
         return Kronecker(add_diagonal(self.A, pi * root), add_diagonal(self.G, root / pi))
 
     def inverse(self) -> Kronecker:
