@@ -4,6 +4,8 @@ import importlib
 METHODS = {
     "SGD": "first_order", "Adam": "first_order", "AMSGrad": "first_order", "AdaGrad": "first_order", "SignDescent": "first_order",
     "KFAC": "kfac",
+    "Shampoo": "shampoo",
+    "AdaHessian": "adahessian",
 }
 RULES = {"Armijo": "step_rules", "Polyak": "step_rules", "QuadraticModel": "step_rules"}
 OTHERS = {"CurvatureOptimizer": "engine", "FallbackWarning": "engine", "NonFiniteError": "engine"}

@@ -18,7 +18,7 @@ from .engine import CurvatureOptimizer, adam_direction, require, zeros_state
 
 # %% auto #0
 __all__ = ['GRAFTS', 'shaped', 'side_grams', 'side_root', 'graft_direction', 'with_norms_of', 'Shampoo', 'observe', 'accumulate',
-           'refresh', 'factorise', 'precondition', 'direction']
+           'refresh', 'factorise', 'stale', 'precondition', 'directions', 'direction']
 
 # %% ../../nbs/optim/shampoo.ipynb #229289ed
 def shaped(p: Tensor, group: dict[str, Any]) -> Blocks:
@@ -85,7 +85,8 @@ class Shampoo(CurvatureOptimizer):
         momentum: heavy-ball momentum on the preconditioned gradient.
         eps: ridge (paper: epsilon); in units of squared gradients when `ridge="absolute"`. Small gradients and a large `eps` make Shampoo SGD with step `lr * eps**-0.5`.
         decay: `None`: the paper's sum of Gram matrices; a number in [0, 1): their bias-corrected running average.
-        refresh_every: steps between roots (or a function of the step that says whether); a parameter's first root is taken in its first step.
+        refresh_every: steps between roots (or a function of the step that says whether).
+        refresh_growth: roots are also renewed when the number of gradients in the statistics has grown by this factor; `float("inf")`: after a parameter's first root, `refresh_every` alone decides.
         root: inverse roots by `"eigh"` or by coupled `"newton"` iterations (matrix products only).
         ridge: `"absolute"` (paper), or `eps` relative to the `"mean"` or `"max"` eigenvalue: the choice for running averages, whose scale falls with the gradient's.
         graft: take the length of each parameter's step from `"sgd"`, `"adagrad"`, `"rmsprop"` or `"adam"`; `None` (paper) does not.
@@ -98,21 +99,22 @@ class Shampoo(CurvatureOptimizer):
 
     Statistics of half-precision parameters are float32; roots are computed in float64 and stored like the statistics.
 
-    State of a parameter: `gram.kind.mode` and `root.kind.mode`, matrices `(K, n, n)` or diagonals `(K, n)` for `K` blocks of one kind; `observed`, the number of gradients in them.
+    State of a parameter: `gram.kind.mode` and `root.kind.mode`, matrices `(K, n, n)` or diagonals `(K, n)` for `K` blocks of one kind; `observed` and `rooted`, the numbers of gradients in the statistics and in the roots.
 
     Raises:
         ValueError: an argument out of its range.
     """
 
-    def __init__(self, params, lr: float = 0.1, momentum: float = 0.9, eps: float = 1e-4, *, decay: float | None = None, refresh_every: Any = 10, root: str = "eigh", ridge: str = "absolute", graft: str | None = None,
+    def __init__(self, params, lr: float = 0.1, momentum: float = 0.9, eps: float = 1e-4, *, decay: float | None = None, refresh_every: Any = 10, refresh_growth: float = 1.1, root: str = "eigh", ridge: str = "absolute", graft: str | None = None,
                  graft_decay: float = 0.999, graft_eps: float = 1e-8, merge_dims: int | None = None, block_size: int | None = None, max_dim: int | None = 1200, **shared: Any):
-        own = dict(eps=eps, decay=decay, root=root, ridge=ridge, graft=graft, graft_decay=graft_decay, graft_eps=graft_eps, merge_dims=merge_dims, block_size=block_size, max_dim=max_dim)
+        own = dict(eps=eps, decay=decay, refresh_growth=refresh_growth, root=root, ridge=ridge, graft=graft, graft_decay=graft_decay, graft_eps=graft_eps, merge_dims=merge_dims, block_size=block_size, max_dim=max_dim)
         super().__init__(params, own, lr=lr, momentum=momentum, refresh_every=refresh_every, **shared)
 
     def check_group(self, group):
         super().check_group(group)
         require(group["eps"] > 0, "eps", group["eps"], "a statistic that saw no gradient needs a positive ridge")
         require(group["decay"] is None or 0 <= group["decay"] < 1, "decay", group["decay"], "choose it in [0, 1), or None for sums")
+        require(group["refresh_growth"] > 1, "refresh_growth", group["refresh_growth"], "a factor above 1")
         for name, known in (("root", METHODS), ("ridge", RIDGES), ("graft", GRAFTS)):
             require(group[name] in known, name, group[name], f"use one of {', '.join(map(repr, known))}")
         require(0 <= group["graft_decay"] < 1, "graft_decay", group["graft_decay"], "choose it in [0, 1)")
@@ -157,11 +159,17 @@ def factorise(self: Shampoo, pairs: Iterable[tuple[dict[str, Any], Tensor]]) -> 
     for group, p in pairs:
         state, settings = self.state[p], (2 * shaped(p, group).order, group["eps"], group["root"], group["ridge"])
         weight = 1.0 if group["decay"] is None else 1 - group["decay"] ** state["observed"]
+        state["rooted"] = state["observed"]
         jobs[settings] += [(state, name, state[name] / weight) for name in state if name.startswith("gram.")]
     for settings, job in jobs.items():
         roots = iter(grouped(side_root, [H for _, _, stack in job for H in stack.unbind()], *settings))
         for state, name, stack in job:
             state[name.replace("gram", "root")] = torch.stack([next(roots) for _ in range(len(stack))])
+
+
+def stale(state: dict[str, Any], growth: float) -> bool:
+    "Whether a parameter has no roots yet, or has seen `growth` times as many gradients as they have."
+    return "rooted" not in state or state["observed"] >= growth * state["rooted"]
 
 
 Shampoo.refresh, Shampoo.factorise = refresh, factorise
@@ -178,13 +186,19 @@ def precondition(self: Shampoo, group: dict[str, Any], p: Tensor, g: Tensor) -> 
     return cut.join(stacks)
 
 
+def directions(self: Shampoo, active) -> list[list[Tensor]]:
+    mine = [a for a in active if a[0]["precondition"]]
+    for group, params, grads in mine:
+        unseen = [(p, g) for p, g in zip(params, grads) if "observed" not in self.state[p]]
+        if unseen:
+            self.accumulate(group, *map(list, zip(*unseen)))
+    self.factorise((group, p) for group, params, _ in mine for p in params if stale(self.state[p], group["refresh_growth"]))
+    return CurvatureOptimizer.directions(self, active)
+
+
 def direction(self: Shampoo, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    unseen = [(p, g) for p, g in zip(params, grads) if "observed" not in self.state[p]]
-    if unseen:
-        self.accumulate(group, *map(list, zip(*unseen)))
-    self.factorise([(group, p) for p in params if "root.0.0" not in self.state[p]])
     out = [self.precondition(group, p, g) for p, g in zip(params, grads)]
     return with_norms_of(out, graft_direction(self, group, params, grads)) if group["graft"] else out
 
 
-Shampoo.precondition, Shampoo.direction = precondition, direction
+Shampoo.precondition, Shampoo.directions, Shampoo.direction = precondition, directions, direction
