@@ -427,7 +427,12 @@ def load_state_dict(self: CurvatureOptimizer, state_dict: dict[str, Any]) -> Non
     for key, hint in (("method", "load it into the optimizer class that saved it"), ("shapes", "build the optimizer over the same model with the same parameter groups")):
         if header.get(key) != expected[key]:
             raise ValueError(f"state_dict has {key}={header.get(key)!r} but this optimizer has {expected[key]!r}: {hint}")
+    groups = self.param_groups
     super(CurvatureOptimizer, self).load_state_dict({k: v for k, v in state_dict.items() if k != "curvlab"})
+    for group, loaded in zip(groups, self.param_groups):  # the same dictionaries as before: methods and schedulers hold them
+        group.clear()
+        group.update(loaded)
+    self.param_groups = groups
     params = [p for g in self.param_groups for p in g["params"]]
     for i, saved in state_dict["state"].items():
         p = params[i]
