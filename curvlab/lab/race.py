@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from rich.table import Table
 
 from .plots import curves, figure
@@ -23,7 +25,7 @@ from .train import Budget, Recipe, Records, parse, resolve
 from .tune import Grid, Method, Tuned, tune
 
 # %% auto #0
-__all__ = ['CENTRES', 'split_names', 'entry', 'is_ours', 'Outcome', 'examples', 'race']
+__all__ = ['CENTRES', 'split_names', 'entry', 'is_ours', 'show', 'for_json', 'drawn', 'summary', 'Outcome', 'record', 'race']
 
 # %% ../../nbs/lab/race.ipynb #15bdc594
 def split_names(text: str) -> list[str]:
@@ -65,6 +67,41 @@ def is_ours(name: str) -> bool:
         return False
 
 # %% ../../nbs/lab/race.ipynb #197f9875
+def show(value: Any) -> str:
+    "A cell of the table: three digits, `never` for infinity, `given` for settings that were not searched."
+    if isinstance(value, dict):
+        return ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in value.items()) or "given"
+    return value if isinstance(value, str) else f"{value:.3g}" if math.isfinite(value) else "never"
+
+
+def for_json(value: Any) -> Any:
+    "Infinite and missing numbers as null, dictionaries and lists inside out."
+    if isinstance(value, dict):
+        return {k: for_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [for_json(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def drawn(run: Records, task: Problem) -> float:
+    "Examples that a run drew: what one gradient per step would have cost, in examples."
+    steps, n, batch = len(run.per_step["step"]), len(task.data), min(task.batch or len(task.data), len(task.data))
+    epochs, rest = divmod(steps, math.ceil(n / batch))
+    return epochs * n + rest * batch
+
+
+def summary(label: str, tuned: Tuned, task: Problem, target: float) -> dict[str, Any]:
+    "One method's row: medians over the seeds."
+    runs = tuned.runs[label]
+    middle = lambda f: float(np.median([f(run) for run in runs]))
+    row = {"method": label, "settings": dict(tuned.best[label]), "loss": middle(lambda r: r.final)}
+    row |= {f"test {name}": middle(lambda r: r[f"test {name}"][-1]) for name in task.metrics if f"test {name}" in runs[0].at}
+    row |= {f"{unit}s to target": middle(lambda r: r.reach(target, x=x)) for unit, x in (("step", "step"), ("second", "seconds"))}
+    row["ms per step"] = middle(lambda r: 1e3 * np.median(np.diff([0.0, *r.per_step["seconds"]])))
+    row["gradients per step"] = middle(lambda r: r.per_step["gradients"][-1] * len(task.data) / drawn(r, task))
+    return row
+
+# %% ../../nbs/lab/race.ipynb #7837664b
 @dataclass(frozen=True)
 class Outcome:
     "Result of a race: the problem, the budget and what `tune` found; see `rows`, `table`, `figure`, `save`."
@@ -81,27 +118,17 @@ class Outcome:
 
     def rows(self) -> list[dict[str, Any]]:
         "One dictionary per method, the lowest final loss first."
-        rows = []
-        for label, runs in self.tuned.runs.items():
-            middle = lambda values: float(np.median(list(values)))
-            row = {"method": label, "settings": dict(self.tuned.best[label]), "trials": self.tuned.trials(label), "on edge": bool(self.tuned.edge[label]), "loss": middle(r.final for r in runs),
-                   "lowest": min(r.final for r in runs), "highest": max(r.final for r in runs)}
-            row |= {f"test {name}": middle(r[f"test {name}"][-1] for r in runs) for name in self.task.metrics if f"test {name}" in runs[0].at}
-            row |= {"steps to target": middle(r.reach(self.target) for r in runs), "seconds to target": middle(r.reach(self.target, x="seconds") for r in runs)}
-            row |= {"ms per step": middle(1e3 * np.median(np.diff([0.0, *r.per_step["seconds"]])) for r in runs), "gradients per step": middle(r.per_step["gradients"][-1] * len(self.task.data) / examples(r, self.task) for r in runs)}
-            rows.append(row)
-        return sorted(rows, key=lambda row: row["loss"])
+        return sorted((summary(label, self.tuned, self.task, self.target) for label in self.tuned.runs), key=lambda row: row["loss"])
 
     def table(self) -> Table:
         "The rows as a rich table."
         rows, seeds = self.rows(), len(next(iter(self.tuned.runs.values())))
         table = Table(title=f"{self.task.name}, {self.budget}, median of {seeds} seeds; target loss {self.target:.3g}", caption="gradients per step: work in units of one gradient of the same mini-batch")
-        columns = [c for c in rows[0] if c not in ("lowest", "highest", "on edge", "trials")]
-        for column in columns:
-            table.add_column(column, justify="left" if column in ("method", "settings") else "right")
-        show = lambda v: ", ".join(f"{k}={x:g}" if isinstance(x, float) else f"{k}={x}" for k, x in v.items()) or "given" if isinstance(v, dict) else v if isinstance(v, str) else f"{v:.3g}" if math.isfinite(v) else "never"
+        for name in rows[0]:
+            table.add_column(name, justify="left" if name in ("method", "settings") else "right")
         for row in rows:
-            table.add_row(*(show(row[c]) + (" (edge)" if c == "settings" and row["on edge"] else "") for c in columns))
+            edge = " (edge)" if self.tuned.edge[row["method"]] else ""
+            table.add_row(*(show(value) + (edge if name == "settings" else "") for name, value in row.items()))
         return table
 
     def figure(self):
@@ -115,26 +142,25 @@ class Outcome:
         return fig
 
     def save(self, out: str | Path) -> list[Path]:
-        "Write `race.png` and `race.json` into the folder `out` (made if missing); infinite numbers become null."
+        "Write `race.png` and `race.json` (see `record`) into the folder `out`, made if missing; returns the two paths."
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
-        clean = lambda v: {k: clean(x) for k, x in v.items()} if isinstance(v, dict) else [clean(x) for x in v] if isinstance(v, (list, tuple)) else v if not isinstance(v, float) or math.isfinite(v) else None
-        runs = [{"method": label, "seed": r.seed, "diverged": r.diverged, "at": r.at} for label, mine in self.tuned.runs.items() for r in mine]
-        trials = [{"method": t.label, "options": t.options, "loss": t.value, "round": t.round} for t in self.tuned.log]
-        text = json.dumps(clean({"problem": self.task.name, "options": {k: str(v) for k, v in (self.task.options or {}).items()}, "budget": str(self.budget), "target": self.target, "table": self.rows(), "runs": runs, "trials": trials}), indent=1, default=str)
-        paths = [folder / "race.png", folder / "race.json"]
-        for path, write in zip(paths, (lambda p: self.figure().savefig(p, format="png"), lambda p: p.write_text(text))):
+        drawing, paths = self.figure(), [folder / "race.png", folder / "race.json"]
+        for path, write in zip(paths, (lambda p: drawing.savefig(p, format="png"), lambda p: p.write_text(json.dumps(record(self), indent=1, default=str)))):
             scratch = path.with_name(f".{path.name}.{os.getpid()}")
             write(scratch)
             os.replace(scratch, path)
+        plt.close(drawing)
         return paths
 
 
-def examples(run: Records, task: Problem) -> float:
-    "Examples that a run drew: what one gradient per step would have cost, in examples."
-    steps, n, batch = len(run.per_step["step"]), len(task.data), min(task.batch or len(task.data), len(task.data))
-    epochs, rest = divmod(steps, math.ceil(n / batch))
-    return epochs * n + rest * batch
+def record(outcome: Outcome) -> dict[str, Any]:
+    "Everything of a race that is worth keeping, ready for JSON; infinite numbers are null."
+    tuned, task = outcome.tuned, outcome.task
+    runs = [{"method": label, "seed": r.seed, "diverged": r.diverged, "at": r.at} for label, mine in tuned.runs.items() for r in mine]
+    trials = [{"method": t.label, "options": t.options, "loss": t.value, "round": t.round} for t in tuned.log]
+    options = {k: str(v) for k, v in (task.options or {}).items()}
+    return for_json({"problem": task.name, "options": options, "budget": str(outcome.budget), "target": outcome.target, "table": outcome.rows(), "runs": runs, "trials": trials})
 
 # %% ../../nbs/lab/race.ipynb #73a0380d
 def race(task: Problem | str, optimizers: Sequence[str] | str, budget: Budget | int | str | None = None, seeds: int = 3, out: str | Path | None = None, *, size: str = "smoke", device: str = "cpu",
@@ -149,7 +175,7 @@ def race(task: Problem | str, optimizers: Sequence[str] | str, budget: Budget | 
         size, device: of a named problem. trials: learning rates tried first, for every optimizer whose `lr` is not given.
         n_jobs: parallel processes (budgets in seconds need 1). progress: show a bar.
 
-    Raises `ValueError` for unknown names, before anything is run.
+    Raises `ValueError` for unknown names and options, before anything is run. Computes on one thread.
     """
     texts = split_names(optimizers) if isinstance(optimizers, str) else list(optimizers)
     if not texts:
@@ -158,10 +184,17 @@ def race(task: Problem | str, optimizers: Sequence[str] | str, budget: Budget | 
     task = problem(task, size=size, device=device) if isinstance(task, str) else task
     budget = Budget.of(budget or task.steps)
     for method in methods:   # an option that does not exist should fail now, not after the others have run
-        method.bound({})(task.make_model(0))
+        try:
+            method.bound({})(task.make_model(0))
+        except TypeError as error:
+            raise ValueError(f"optimizers: {method.label} cannot be made: {error}") from error
     short = Budget(max(1, math.ceil(budget.amount / 4)) if budget.unit == "steps" else budget.amount / 4, budget.unit)
-    tuned = tune(task, methods, budget, trials=trials, pilot_budget=short, seeds=range(1, seeds + 1), rounds=2, n_jobs=n_jobs, progress=progress)
-    outcome = Outcome(task, budget, tuned)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)   # small nets are several times faster on one thread
+    try:
+        outcome = Outcome(task, budget, tune(task, methods, budget, trials=trials, pilot_budget=short, seeds=range(1, seeds + 1), rounds=2, n_jobs=n_jobs, progress=progress))
+    finally:
+        torch.set_num_threads(threads)
     if out is not None:
         outcome.save(out)
     return outcome

@@ -214,20 +214,17 @@ class Tuned:
                 best[t.options[option]] = min(t.value, best.get(t.options[option], math.inf))
         return np.array(sorted(best)), np.array([best[k] for k in sorted(best)])
 
-    def table(self) -> list[dict[str, Any]]:
-        "A row per method: chosen options, trials, edge, mean and spread (standard deviation) of the criterion over the fresh seeds."
-        rows = []
-        for label in self.best:
-            finals = self.finals(label, self.criterion)
-            finite = np.isfinite(finals).all()
-            rows.append({"method": label, "options": dict(self.best[label]), "trials": self.trials(label), "edge": ", ".join(self.edge[label]),
-                         "mean": float(finals.mean()) if finite else math.inf, "sd": float(finals.std(ddof=1)) if finite and len(finals) > 1 else math.nan, "seeds": len(finals)})
-        return rows
+    def row(self, label: str) -> dict[str, Any]:
+        "Chosen options, trials, edge, mean and spread (standard deviation) of the criterion over the fresh seeds."
+        finals = self.finals(label, self.criterion)
+        finite = np.isfinite(finals).all()
+        return {"method": label, "options": dict(self.best[label]), "trials": self.trials(label), "edge": ", ".join(self.edge[label]), "mean": float(finals.mean()) if finite else math.inf,
+                "sd": float(finals.std(ddof=1)) if finite and len(finals) > 1 else math.nan, "seeds": len(finals)}
 
     def _repr_markdown_(self) -> str:
         head = f"| method | chosen | trials | on an edge | {self.criterion}, mean | sd | seeds |\n|---|---|--:|---|--:|--:|--:|"
         show = lambda o: ", ".join(f"{k}={v}" for k, v in o.items()) or "given"
-        return "\n".join([head, *(f"| {r['method']} | {show(r['options'])} | {r['trials']} | {r['edge'] or 'no'} | {r['mean']:.4g} | {r['sd']:.2g} | {r['seeds']} |" for r in self.table())])
+        return "\n".join([head, *(f"| {r['method']} | {show(r['options'])} | {r['trials']} | {r['edge'] or 'no'} | {r['mean']:.4g} | {r['sd']:.2g} | {r['seeds']} |" for r in map(self.row, self.best))])
 
 # %% ../../nbs/lab/tune.ipynb #6bf318ab
 def best_trial(log: Sequence[Trial], label: str) -> Trial:
