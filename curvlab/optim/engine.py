@@ -181,7 +181,13 @@ def step(self: CurvatureOptimizer, closure: Callable[[], Tensor] | None = None) 
             self._rescale(active, directions)
             self._apply(loss, active, directions)
             self.param_groups[0]["steps"] = steps + 1
+        if self.closure is not None and self.finite is not None:
+            self.closure.undo_buffers(unless=self.finite)
         return loss
+    except NonFiniteError:
+        if self.closure is not None:
+            self.closure.undo_buffers()
+        raise
     finally:
         if self.closure is not None:
             self.closure.release()
@@ -241,8 +247,6 @@ def _refuse_nonfinite(self: CurvatureOptimizer, loss: Tensor | None, grads: list
     finite = torch.stack([v.to(dtype) for v in values]).isfinite().all()
     if finite.device.type == "cpu":
         if not finite:
-            if self.closure is not None:
-                self.closure.undo_buffers()
             what = "the gradient" if loss is None or loss.isfinite() else f"loss={loss}"
             raise NonFiniteError(f"{what} is not finite: the step was refused, parameters and state are unchanged; lower lr, raise damping or look at the batch")
         return
@@ -250,8 +254,6 @@ def _refuse_nonfinite(self: CurvatureOptimizer, loss: Tensor | None, grads: list
     self.refused = (~finite).int() + getattr(self, "refused", 0)
     for g in grads:
         g.copy_(torch.where(finite, g, 0.0))
-    if self.closure is not None:
-        self.closure.undo_buffers(unless=finite)
 
 
 def average_(self: CurvatureOptimizer, old: list[Tensor], new: Sequence[Tensor], weight: float) -> None:
