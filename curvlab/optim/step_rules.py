@@ -51,6 +51,11 @@ class Search:
         "`g . d`: the rate at which the loss falls at `t = 0`."
         return self.dot(self.grads, self.direction)
 
+    def penalised(self, loss: Tensor) -> Tensor:
+        "The loss plus the coupled weight decay at the current parameters: the function whose gradient is `grads`."
+        terms = [group["weight_decay"] / 2 * p.square().sum() for group in self.groups if group["weight_decay"] and not group["decoupled"] for p in group["params"]]
+        return sum(terms, loss)
+
     def move(self, t: float | Tensor, along: list[Tensor] | None = None) -> None:
         "Set the parameters to `theta - t * d`."
         if self._start is None:
@@ -60,9 +65,9 @@ class Search:
             p.sub_((t * d).to(p.dtype))
 
     def loss_at(self, t: float | Tensor, along: list[Tensor] | None = None) -> Tensor:
-        "Loss of the same batch at `theta - t * d`, same dropout masks; the parameters stay there until `restore`."
+        "Loss (and coupled weight decay) of the same batch at `theta - t * d`, same dropout masks; the parameters stay there until `restore`."
         self.move(t, along)
-        return self.closure(backward=False)
+        return self.penalised(self.closure(backward=False))
 
     def restore(self) -> None:
         "Go back to `t = 0`."
@@ -101,6 +106,8 @@ class Armijo(StepRule):
         beta: factor of a rejected step.
         init: first step of the first search.
         growth: each later search starts from the last accepted step times this; 1 keeps the steps non-increasing, `2 ** (1 / batches_per_epoch)` is the reference setting; `None` restarts from `init`.
+        max_step: bound on the first trial of a search.
+        heavy_ball: momentum on the parameters' last move (replaces the optimizer's own `momentum`); `None`: the optimizer's own applies.
         along: `"direction"` or `"gradient"` (conservative, called Lipschitz line search).
         max_trials: evaluations per search; when all fail, the step is `floor`.
 
@@ -110,23 +117,28 @@ class Armijo(StepRule):
         ValueError: an argument out of its range.
     """
 
-    def __init__(self, c: float = 0.1, beta: float = 0.9, init: float = 1.0, growth: float | None = 1.1, along: str = "direction", max_trials: int = 100, floor: float = 1e-6):
+    def __init__(self, c: float = 0.1, beta: float = 0.9, init: float = 1.0, growth: float | None = 1.1, max_step: float = float("inf"), heavy_ball: float | None = None,
+                 along: str = "direction", max_trials: int = 100, floor: float = 1e-6):
         _require(0 < c < 1, f"c={c} must lie in (0, 1): it is the fraction of the promised decrease to insist on")
         _require(0 < beta < 1, f"beta={beta} must lie in (0, 1): a rejected step is multiplied by it")
         _require(init > 0, f"init={init} must be a positive step size")
         _require(growth is None or growth >= 1, f"growth={growth} must be at least 1, or None to restart from init")
+        _require(max_step > 0, f"max_step={max_step} must be positive")
+        _require(heavy_ball is None or 0 <= heavy_ball < 1, f"heavy_ball={heavy_ball} must lie in [0, 1), or None")
         _require(along in ("direction", "gradient"), f"along={along!r} is unknown; use 'direction' or 'gradient'")
-        self.c, self.beta, self.init, self.growth, self.along, self.max_trials, self.floor = c, beta, init, growth, along, max_trials, floor
+        _require(max_trials >= 1 and floor >= 0, f"max_trials={max_trials} must be at least 1 and floor={floor} at least 0")
+        self.c, self.beta, self.init, self.growth, self.max_step, self.heavy_ball = c, beta, init, growth, max_step, heavy_ball
+        self.along, self.max_trials, self.floor = along, max_trials, floor
 
     def __call__(self, search: Search) -> Step:
         state = search.state
-        eta = self.init if self.growth is None or "step" not in state else state["step"] * self.growth
+        eta = min(self.init if self.growth is None or "step" not in state else state["step"] * self.growth, self.max_step)
         along = search.direction if self.along == "direction" else search.grads
-        slope, f0 = float(search.dot(search.grads, along)), float(search.loss)
-        for _ in range(self.max_trials):
+        slope, f0 = float(search.dot(search.grads, along)), float(search.penalised(search.loss))
+        for _ in range(self.max_trials if slope > 0 else 0):
             state["evaluations"] = state.get("evaluations", 0) + 1
             # a NaN loss fails the comparison, so a step into the void is rejected like any other
-            if slope > 0 and float(search.loss_at(eta, along)) <= f0 - self.c * eta * slope:
+            if float(search.loss_at(eta, along)) <= f0 - self.c * eta * slope:
                 break
             eta *= self.beta
         else:
@@ -134,7 +146,7 @@ class Armijo(StepRule):
             state["failures"] = state.get("failures", 0) + 1
         state["step"] = eta
         search.restore()
-        return Step(eta)
+        return Step(eta, self.heavy_ball)
 
 # %% ../../nbs/optim/step_rules.ipynb #fe103296
 class Polyak(StepRule):
@@ -144,27 +156,31 @@ class Polyak(StepRule):
         c: scale in the denominator.
         f_star: the least loss a batch can have, in the units of the loss (0 under interpolation without regularisation).
         max_step: cap of the step.
-        growth: if given, the cap of a step is also `growth` times the last step.
+        growth: if given, the cap of a step is also `growth` times the last step (`2 ** (1 / batches_per_epoch)` is the reference setting).
+        init: what stands for the last step before the first; infinite: the first step is not capped.
+        heavy_ball: as in `Armijo`.
 
     Raises:
         ValueError: an argument out of its range.
     """
 
-    def __init__(self, c: float = 0.5, f_star: float = 0.0, max_step: float = float("inf"), growth: float | None = None):
+    def __init__(self, c: float = 0.5, f_star: float = 0.0, max_step: float = float("inf"), growth: float | None = None, init: float = float("inf"), heavy_ball: float | None = None):
         _require(c > 0, f"c={c} must be positive")
         _require(max_step > 0, f"max_step={max_step} must be positive")
         _require(growth is None or growth >= 1, f"growth={growth} must be at least 1, or None for a fixed cap")
-        self.c, self.f_star, self.max_step, self.growth = c, f_star, max_step, growth
+        _require(init > 0, f"init={init} must be positive")
+        _require(heavy_ball is None or 0 <= heavy_ball < 1, f"heavy_ball={heavy_ball} must lie in [0, 1), or None")
+        self.c, self.f_star, self.max_step, self.growth, self.init, self.heavy_ball = c, f_star, max_step, growth, init, heavy_ball
 
     def __call__(self, search: Search) -> Step:
         slope = search.slope
-        step = (search.loss - self.f_star).clamp(min=0) / (self.c * slope)
+        step = (search.penalised(search.loss) - self.f_star).clamp(min=0) / (self.c * slope)
         # 0/0 at a stationary point, and a non-descent direction, both mean: stay
         step = torch.where(slope > 0, step, torch.zeros_like(step)).clamp(max=self.max_step)
-        if self.growth is not None and "step" in search.state:
-            step = torch.minimum(step, search.state["step"] * self.growth)
+        if self.growth is not None:
+            step = torch.minimum(step, torch.as_tensor(search.state.get("step", self.init), dtype=step.dtype, device=step.device) * self.growth)
         search.state["step"] = step
-        return Step(step)
+        return Step(step, self.heavy_ball)
 
 # %% ../../nbs/optim/step_rules.ipynb #a0dc1edf
 class QuadraticModel(StepRule):
@@ -200,7 +216,7 @@ class QuadraticModel(StepRule):
         M = M + torch.diag_embed(M.diagonal() * torch.finfo(M.dtype).eps * 10)
         coefficients = -torch.linalg.solve_ex(M, b)[0]
         model = b @ coefficients + 0.5 * coefficients @ ((M if self.damping_in_model else B) @ coefficients)
-        search.state["model"], search.state["loss"] = model, search.loss.detach()
+        search.state["model"], search.state["loss"] = model, search.penalised(search.loss.detach())
         return Step(coefficients[0], coefficients[1] if len(basis) > 1 else 0.0)
 
     def _products(self, search: Search, basis: list[list[Tensor]]) -> list[list[Tensor]]:
@@ -216,7 +232,7 @@ class QuadraticModel(StepRule):
         count = search.state["count"] = search.state.get("count", 0) + 1
         if not self.adapt_every or count % self.adapt_every:
             return
-        rho = (search.closure(backward=False) - search.state["loss"]) / search.state["model"]
+        rho = (search.penalised(search.closure(backward=False)) - search.state["loss"]) / search.state["model"]
         search.state["rho"] = rho
         factor = self.omega**self.adapt_every
         for group in search.groups:
