@@ -1,6 +1,6 @@
 # make reproduce : re-run every paper at smoke size, print the table of claims, write a report page
 # make test      : the whole gate: tests, notebooks, export in sync, papers, no verdict changed
-# make docs      : the documentation site, warnings are errors
+# make docs      : the documentation site; warnings are errors, every inner link is followed
 # make export    : write curvlab/*.py from the notebooks
 # make env       : only the environment
 # make clean     : remove what the other targets made
@@ -37,6 +37,7 @@ test: $(STAMP)
 
 docs: $(VENV)/.installed-docs
 	$(PY) -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	$(PY) -m curvlab.dev.links docs/_build/html
 	@echo "open docs/_build/html/index.html"
 
 export: $(STAMP)

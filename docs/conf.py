@@ -30,6 +30,7 @@ exclude_patterns = ["_build", "results"]
 
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # tables and formulas in outputs too
 myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 # Notebooks carry one output in several formats; a page shows the richest it knows.

@@ -73,7 +73,7 @@ def api_pages(root: Path) -> dict[str, str]:
             continue
         lines = [f"# {part['title']}", ""]
         for module, about in modules:
-            lines += [f"## {module}", "", f"{about['summary']} [Read the notebook]({about['page']}.ipynb).", "",
+            lines += [f"## {module}", "", f"[Read the notebook]({about['page']}.ipynb): {about['title']}", "",
                       "```{eval-rst}", f".. automodule:: {module}", "   :members:", "   :show-inheritance:", "```", ""]
         pages[_file_name("api", part["title"])] = "\n".join(lines)
     intro = "Signatures and docstrings of everything that the notebooks export. The notebooks explain; this page is for looking things up.\n"

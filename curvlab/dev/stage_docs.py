@@ -69,8 +69,9 @@ def stage_notebook(source: Path, target: Path) -> None:
     notebook = json.loads(source.read_text(encoding="utf-8"))
     title, summary = title_and_summary(notebook)
     module = exported_module(notebook)
-    origin = f"\n\n:::{{container}} origin\nExports {{py:mod}}`{module}`\n:::" if module else ""
-    first = {**notebook["cells"][0], "source": f"# {title}\n\n:::{{container}} lead\n{summary}\n:::{origin}\n"}
+    ledger = f'<a href="../../generated/ledger.html?text={source.stem}">Claims and verdicts in the ledger</a>'
+    origin = f"Exports {{py:mod}}`{module}`" if module else ledger if source.parent.name == "papers" else ""
+    first = {**notebook["cells"][0], "source": f"# {title}\n\n:::{{container}} lead\n{summary}\n:::\n\n:::{{container}} origin\n{origin}\n:::\n"}
     rest = [staged for cell in notebook["cells"][1:] if (staged := stage_cell(cell))]
     language = {"name": "python", "pygments_lexer": "ipython3"}
     page = {**notebook, "cells": [first, *rest], "metadata": {**notebook["metadata"], "language_info": language}}
