@@ -183,6 +183,9 @@ def run(papers: PAPERS = None, size: SIZE = Size.smoke,
     alarms = [id for o in outcomes for id, verdict in o.verdicts.items() if surprising(*verdict)]
     failed = [o.paper for o in outcomes if not o.ok]
     screen.print(f"\n{len(outcomes) - len(failed)} of {len(outcomes)} papers in {time.time() - start:.0f} s; runs in [bold]{out}[/]; look at them with [bold]curvlab report --size {size.value} --out {out}[/]")
+    silent = [id for o in outcomes for id, (_, verdict, _) in o.verdicts.items() if verdict == "not run" and size.value in load_paper(o.paper).claim(id).sizes]
+    if silent:
+        screen.print(f"[yellow]claims that their notebook did not record:[/] {', '.join(silent)}")
     if failed:
         screen.print(f"[red]did not finish:[/] {', '.join(failed)} (log.txt and notebook.ipynb are in their folders failed-…)")
     if alarms:

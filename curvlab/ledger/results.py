@@ -87,7 +87,7 @@ def commit():
 
 def versions():
     "Versions of Python and of the packages that can move a number."
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
     for name in ("curvlab", "torch", "numpy", "scipy", "scikit-learn"):
         try:
             found[name] = metadata.version(name)
