@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -50,6 +51,11 @@ class Cost:
 log = logging.getLogger("curvlab")
 
 
+@functools.lru_cache(maxsize=None)
+def _say_once(message: str) -> None:
+    log.warning(message)
+
+
 def bare(model: nn.Module) -> nn.Module:
     "The module inside `torch.compile` and `DistributedDataParallel` wrappers."
     while True:
@@ -64,15 +70,11 @@ def bare(model: nn.Module) -> nn.Module:
 class _MathAttention(TorchFunctionMode):
     "Run scaled-dot-product attention with the math kernel, the only one that can be differentiated twice."
 
-    said = False
-
     def __torch_function__(self, func, types, args=(), kwargs=None):
         # inside multi_head_attention_forward the mode is off, so it is caught here as a whole
         if func not in (nn.functional.scaled_dot_product_attention, nn.functional.multi_head_attention_forward):
             return func(*args, **(kwargs or {}))
-        if not _MathAttention.said:
-            log.warning("attention runs with the math kernel where second derivatives are needed: fused kernels have none")
-            _MathAttention.said = True
+        _say_once("attention runs with the math kernel where second derivatives are needed: fused kernels have none")
         with sdpa_kernel(SDPBackend.MATH):
             return func(*args, **(kwargs or {}))
 
@@ -506,36 +508,78 @@ def require_likelihood(self: Closure, what: str) -> Likelihood:
 Closure.hvp, Closure.ggnvp, Closure.require_likelihood = hvp, ggnvp, require_likelihood
 
 # %% ../nbs/objective.ipynb #86e1811a
+def _places(model: nn.Module, named: dict[str, Tensor]) -> dict[str, str]:
+    "All places of the named parameters (every module once), with the name each parameter goes by."
+    name_of = {id(p): n for n, p in named.items()}
+    return {f"{path}.{n}".lstrip("."): name_of[id(p)] for path, module in model.named_modules() for n, p in module._parameters.items() if id(p) in name_of}
+
+
+def _one_by_one(loss_of: Callable, named: dict[str, Tensor], examples: Any, count: float) -> dict[str, Tensor]:
+    "Per-example gradients without `torch.func`, one backward pass an example."
+    rows = []
+    for x, y in examples:
+        one = x[0] if isinstance(x, Tensor) else {k: v[0] for k, v in x.items()} if isinstance(x, dict) else tuple(v[0] for v in x)
+        with torch.enable_grad():
+            loss = loss_of(named, one, y, count)
+        grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        rows.append([torch.zeros_like(p) if g is None else g for g, p in zip(grads, named.values())])
+    return {n: torch.stack(column) for n, column in zip(named, zip(*rows))}
+
+# %% ../nbs/objective.ipynb #eea8aac5
 def per_example_grads(self: Closure) -> list[Tensor]:
     """Gradients `g_b` of every example, one tensor `(B, *p.shape)` a parameter, with `mean_b g_b` the gradient of the batch loss.
 
     Raises:
-        ValueError: the model has batch norm in training mode (an example then has no gradient of its own).
+        ValueError: the model has batch norm in training mode, or the loss is a mean weighted by class (an example then has no gradient of its own).
     """
     o, model = self.objective, bare(self.objective.model)
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules()):
         raise ValueError("the model has batch norm in training mode, which mixes the examples of a batch; use model.eval(), group norm or layer norm for per-example gradients")
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    fixed = {n: b for n, b in list(model.named_buffers()) + [(n, p) for n, p in model.named_parameters() if not p.requires_grad]}
+    if o.average == "mean" and hasattr(o.loss, "ignore_index") and o.loss.weight is not None:
+        raise ValueError(f"loss={o.loss!r} divides by the weights of all examples of a batch; use reduction='sum' for per-example gradients")
+    place = {id(p): i for i, p in enumerate(self.params)}
+    # every place of a parameter, but each module once: functional_call damages a module that is registered under two names and tied by it
+    slots = {f"{m}.{n}".lstrip("."): place[id(p)] for m, module in model.named_modules() for n, p in module._parameters.items() if id(p) in place}
 
-    def loss_of(params, x, y, count):
-        add = lambda t: t.unsqueeze(0)
-        args, kwargs = ((add(x),), {}) if isinstance(x, Tensor) else ((), {k: add(v) for k, v in x.items()}) if isinstance(x, dict) else (tuple(map(add, x)), {})
-        outputs = torch.func.functional_call(model, (params, fixed), args, kwargs)
-        outputs = outputs.movedim(o.class_dim, 1) if o.class_dim != 1 else outputs
-        lik, y = o.likelihood, add(y)
-        loss = o.loss(outputs, y)
-        if o.average == "sum":
-            return loss * count
-        return loss if lik is None or o.average == "examples" else loss * (1 / lik.weight(outputs.detach(), y)) * self._scale(lik, outputs)
+    def loss_of(values: list[Tensor], x: Any, y: Tensor) -> Tensor:
+        call = lambda *args, **kwargs: torch.func.functional_call(model, {n: values[i] for n, i in slots.items()}, args, kwargs, tie_weights=False)
+        return self._example_loss(call, x, y)
 
     results: list[list[Tensor]] = []
-    one = torch.func.vmap(torch.func.grad(loss_of), in_dims=(None, 0, 0, None), randomness="different")
+    values = [p.detach() for p in self.params]
     for x, y in self.parts:
-        with self._context(False):
-            results.append(list(one({n: p.detach() for n, p in named.items()}, x, y, float(self.size)).values()))
+        with self._context(True):
+            try:
+                results.append(torch.func.vmap(torch.func.grad(loss_of), in_dims=(None, 0, 0), randomness="different")(values, x, y))
+            except RuntimeError as error:
+                _say_once(f"per-example gradients are computed one by one, because torch.func cannot: {str(error).splitlines()[0]}")
+                results.append(self._one_by_one(x, y))
     o.cost.per_example += self.size
     return [torch.cat(parts) for parts in zip(*results)]
+
+
+def _example_loss(self: Closure, call: Callable[..., Tensor], x: Any, y: Tensor) -> Tensor:
+    "The loss of one example (without the batch dimension), scaled so that the mean over examples is the loss of the batch."
+    o, add = self.objective, lambda t: t.unsqueeze(0)
+    outputs = call(add(x)) if isinstance(x, Tensor) else call(**{k: add(v) for k, v in x.items()}) if isinstance(x, dict) else call(*map(add, x))
+    outputs = outputs.movedim(o.class_dim, 1) if o.class_dim != 1 else outputs
+    ignored, lik = getattr(o.loss, "ignore_index", None), o.likelihood
+    counted = y if ignored is None or y.is_floating_point() else torch.where((y == ignored).all(), 0, y)  # 0/0 otherwise; its weight is zero
+    loss = o.loss(outputs, add(counted))
+    if o.average == "sum":
+        return loss * self.size
+    return loss if lik is None or o.average == "examples" else loss * (1 / lik.weight(outputs.detach(), add(y))) * self._scale(lik, outputs)
+
+
+def _one_by_one(self: Closure, x: Any, y: Tensor) -> list[Tensor]:
+    "Per-example gradients of one part by a pass an example."
+    rows = []
+    for (x1, y1) in zip(_pieces(x, 1), y):
+        x1 = x1[0] if isinstance(x1, Tensor) else {k: v[0] for k, v in x1.items()} if isinstance(x1, dict) else tuple(v[0] for v in x1)
+        with torch.enable_grad():
+            grads = torch.autograd.grad(self._example_loss(bare(self.objective.model), x1, y1), self.params, allow_unused=True)
+        rows.append([torch.zeros_like(p) if g is None else g for g, p in zip(grads, self.params)])
+    return [torch.stack(column) for column in zip(*rows)]
 
 
 def _scale(self: Closure, lik: Likelihood, outputs: Tensor) -> float | Tensor:
@@ -544,4 +588,4 @@ def _scale(self: Closure, lik: Likelihood, outputs: Tensor) -> float | Tensor:
     return self.size * lik.weight(whole, torch.cat([y for _, y in self.parts]))
 
 
-Closure.per_example_grads, Closure._scale = per_example_grads, _scale
+Closure.per_example_grads, Closure._example_loss, Closure._one_by_one, Closure._scale = per_example_grads, _example_loss, _one_by_one, _scale

@@ -7,8 +7,18 @@ from curvlab import Objective, optim
 
 METHODS = tuple(optim.METHODS)
 
-# Arguments without a default.
-ARGUMENTS: dict[str, dict] = {}
+# Arguments without a default, and little noise for the methods that perturb, so that a loss can fall within a few steps.
+ARGUMENTS: dict[str, dict] = {name: {"train_size": 1_000_000, "initial_precision": 1e4} for name in ("Vadam", "VOGN", "Vprop")}
+ARGUMENTS["VadaGrad"] = {"temperature": 1e-4}
+
+# Methods that need per-example gradients, which batch norm in training mode does not have.
+PER_EXAMPLE = {"VOGN"}
+
+# Methods whose loss is the one at perturbed weights, and how to switch that off.
+UNPERTURBED = {name: {"temperature": 0.0} for name in ("Vadam", "VOGN", "Vprop", "VadaGrad")}
+
+# Methods that use per-example gradients, which do not exist under batch norm in training mode.
+EXAMPLEWISE = {"VOGN"}
 
 # Methods whose algorithm decides on the host, with the reason; all others read nothing from the device in a step.
 HOST_DECISIONS: dict[str, str] = {}
@@ -24,6 +34,12 @@ WITHOUT_SAMPLING = {"KFAC": {"curvature": "fisher-exact"}}
 def needs_closure(method):
     """Whether a gradient is not enough for this method."""
     return getattr(optim, method).needs_closure
+
+
+def usable(method, problem):
+    """The problem, with batch norm in evaluation mode where the method cannot train it otherwise."""
+    problem.model.train(method not in PER_EXAMPLE)
+    return problem
 
 
 GRADIENT_ONLY = tuple(m for m in METHODS if not needs_closure(m))
@@ -42,10 +58,10 @@ def accepts(method, argument):
 
 
 def train(optimizer, problem, steps, chunk=None):
-    """Full-batch steps; returns the losses before each step and the one at the end."""
+    """Full-batch steps; returns the loss at the start, what each step returned, and the loss at the end."""
     objective = problem.objective()
-    losses = [float(optimizer.step(objective.at(problem.x, problem.y, chunk))) for _ in range(steps)]
-    return losses + [float(objective.at(problem.x, problem.y)(backward=False))]
+    loss = lambda: float(objective.at(problem.x, problem.y, chunk)(backward=False))
+    return [loss(), *(float(optimizer.step(objective.at(problem.x, problem.y, chunk))) for _ in range(steps)), loss()]
 
 
 def snapshot(model):

@@ -22,7 +22,7 @@ __all__ = ['WeightPerturbation', 'posterior', 'posterior_std', 'kl', 'sampled', 
 class WeightPerturbation(CurvatureOptimizer):
     """Base of the methods with a mean-field Gaussian `q(w) = N(mu, temperature / (N s + lambda))` over the weights (Khan et al. 2018).
 
-    The parameters of the model hold the mean `mu`; `state[p]["s"]` holds `s`, one number a weight. Parameters of a group with `precondition=False`
+    The parameters of the model hold the mean `mu`; `state[p]["s"]` holds what the data added to `s`, one number a weight. Parameters of a group with `precondition=False`
     and frozen parameters have no spread.
 
     Args:
@@ -34,7 +34,7 @@ class WeightPerturbation(CurvatureOptimizer):
         initial_precision: of `q` at the start, at least `prior_precision` (`None`: equal to it, so that `s = 0`).
         samples: weight samples a step, each evaluated on the same batch with the same dropout masks; gradients and what enters `s` are averaged.
         temperature: factor on the posterior variance; 1 is the posterior, 0 switches the perturbation off.
-        **shared: see `CurvatureOptimizer`; `weight_decay` is the prior's business and is refused. A `step_rule` judges steps by the loss at the mean.
+        **shared: see `CurvatureOptimizer`; Coupled `weight_decay` is the prior's business and is refused. A `step_rule` judges steps by the loss at the mean.
 
     Raises:
         TypeError: the step was not given a curvlab closure.
@@ -55,10 +55,10 @@ class WeightPerturbation(CurvatureOptimizer):
         super().check_group(group)
         N, prior, initial = group["train_size"], group["prior_precision"], group["initial_precision"]
         require(N >= 1, "train_size", N, "it is the number of training examples")
-        require(prior > 0 or self.accumulates, "prior_precision", prior, "a proper prior has positive precision and bounds the noise")
+        require(prior > 0 or (self.accumulates and prior == 0), "prior_precision", prior, "a proper prior has positive precision and bounds the noise")
         require(initial is None or (initial > 0 and initial >= prior), "initial_precision", initial, f"it must be at least prior_precision={prior}, or None for that")
         require(group["temperature"] >= 0, "temperature", group["temperature"], "1 samples from the posterior, 0 switches the perturbation off")
-        require(group["weight_decay"] == 0, "weight_decay", group["weight_decay"], "the prior takes its place: set prior_precision to weight_decay * train_size")
+        require(group["weight_decay"] == 0 or group["decoupled"] or not group["precondition"], "weight_decay", group["weight_decay"], "the prior takes its place: set prior_precision to weight_decay * train_size")
 
 # %% ../../nbs/optim/bayes.ipynb #94f81e63
 def _uncertain(self: WeightPerturbation) -> list[tuple[dict[str, Any], Tensor]]:
@@ -66,25 +66,27 @@ def _uncertain(self: WeightPerturbation) -> list[tuple[dict[str, Any], Tensor]]:
     return [(g, p) for g in self.param_groups if g["precondition"] for p in g["params"] if p.requires_grad]
 
 
-def _precision(self: WeightPerturbation, group: dict[str, Any], p: Tensor) -> Tensor:
-    "Posterior precision `N s + lambda` of a parameter, in the statistics' dtype."
-    s = self.state[p]["s"] if "s" in self.state.get(p, {}) else self._initial(group, p)
-    return group["train_size"] * s + group["prior_precision"]
+def _initial(self: WeightPerturbation, group: dict[str, Any], p: Tensor) -> float:
+    "What the initial value of `s` still contributes: `s_0` times the share of it that is kept."
+    precision = group["prior_precision"] if group["initial_precision"] is None else group["initial_precision"]
+    return self.state.get(p, {}).get("kept", 1.0) * (precision - group["prior_precision"]) / group["train_size"]
 
 
-def _initial(self: WeightPerturbation, group: dict[str, Any], p: Tensor) -> Tensor:
-    "`s` at the start, from the initial precision."
-    extra = 0.0 if group["initial_precision"] is None else group["initial_precision"] - group["prior_precision"]
-    return torch.full_like(p, extra / group["train_size"], dtype=wide(p.dtype), memory_format=torch.preserve_format)
+def _std(self: WeightPerturbation, group: dict[str, Any], p: Tensor, temperature: float) -> Tensor:
+    "Standard deviation `sqrt(temperature / (N s + lambda))` of a parameter, in the statistics' dtype."
+    s = self.state.get(p, {}).get("s")
+    s = torch.zeros_like(p, dtype=wide(p.dtype), memory_format=torch.preserve_format) if s is None else s
+    precision = group["train_size"] * (s + self._initial(group, p)) + group["prior_precision"]
+    return (temperature / precision).sqrt()
 
 
-WeightPerturbation._uncertain, WeightPerturbation._precision, WeightPerturbation._initial = _uncertain, _precision, _initial
+WeightPerturbation._uncertain, WeightPerturbation._initial, WeightPerturbation._std = _uncertain, _initial, _std
 
 # %% ../../nbs/optim/bayes.ipynb #d9152214
 @torch.no_grad()
 def posterior(self: WeightPerturbation) -> tuple[list[Tensor], list[Tensor]]:
     "Means and standard deviations of all parameters, in the order of the parameter groups; parameters without spread have standard deviation 0."
-    spread = {id(p): (group["temperature"] / self._precision(group, p)).sqrt() for group, p in self._uncertain()}
+    spread = {id(p): self._std(group, p, group["temperature"]) for group, p in self._uncertain()}
     params = [p for group in self.param_groups for p in group["params"]]
     return [p.detach().clone() for p in params], [spread[id(p)] if id(p) in spread else torch.zeros_like(p, dtype=wide(p.dtype)) for p in params]
 
@@ -99,7 +101,7 @@ def kl(self: WeightPerturbation) -> Tensor:
     "KL divergence (nats) from the prior to `q` at temperature 1; the evidence bound is `-N * (expected mean loss) - kl`."
     total = []
     for group, p in self._uncertain():
-        ratio = group["prior_precision"] / self._precision(group, p)
+        ratio = group["prior_precision"] * self._std(group, p, 1.0) ** 2
         total.append(0.5 * (group["prior_precision"] * p.to(ratio.dtype) ** 2 + ratio - 1 - ratio.log()).sum())
     return torch.stack(total).sum()
 
@@ -116,7 +118,7 @@ def _perturbed(self: WeightPerturbation, generators: dict[torch.device, torch.Ge
         with torch.no_grad():
             for (group, p), mean in zip(uncertain, means):
                 noise = torch.randn(p.shape, generator=generators[p.device], device=p.device, dtype=wide(p.dtype))
-                p.copy_(mean + noise * (group["temperature"] / self._precision(group, p)).sqrt())
+                p.copy_(mean + noise * self._std(group, p, group["temperature"]))
         yield
     finally:
         with torch.no_grad():
@@ -146,13 +148,15 @@ def _evaluate(self: WeightPerturbation, closure: Closure | None) -> Tensor:
         return CurvatureOptimizer._evaluate(self, closure)  # the engine says what to pass
     require(closure.objective.average != "sum" or self.accumulates, "reduction", "sum", "train_size scales the mean loss; use reduction='mean', or Objective(..., average='examples')")
     self.closure, self._observed, grads, loss = closure, {}, {}, 0.0
-    generators = {d: self.generator(d) for d in {p.device for _, p in self._uncertain()}}
+    uncertain = {p for _, p in self._uncertain()}
+    generators = {d: self.generator(d) for d in {p.device for p in uncertain}}
     for _ in range(self.samples):
         with self._perturbed(generators):
             loss = loss + closure.evaluate() / self.samples
             with torch.no_grad():
                 new = {p: p.grad.to(wide(p.dtype)) / self.samples for p in closure.params if p.grad is not None}
-                for total, part in ((grads, new), (self._observed, self.squares(closure, new))):
+                squares = self.squares(closure, {p: g for p, g in new.items() if p in uncertain})
+                for total, part in ((grads, new), (self._observed, squares)):
                     for p, value in part.items():
                         total[p] = total[p] + value if p in total else value
     for p, g in grads.items():
@@ -168,15 +172,13 @@ def squares(self: WeightPerturbation, closure: Closure, grads: dict[Tensor, Tens
 WeightPerturbation._evaluate, WeightPerturbation.squares = _evaluate, squares
 
 # %% ../../nbs/optim/bayes.ipynb #ec0db56f
-def _scales(self: WeightPerturbation, group: dict[str, Any], params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    "The stored `s` of each parameter, and what enters it now (nothing when an accelerator's step is refused)."
+def _updated(self: WeightPerturbation, group: dict[str, Any], params: list[Tensor], decay: float) -> list[Tensor]:
+    "The part of `s` that comes from data, after `s <- decay s + (1 - decay) new`; `kept` counts what is left of the initial value."
+    s, = zeros_state(self.state, params, "s")
+    self.average_(s, [self._observed.pop(p) for p in params], 1 - decay)
     for p in params:
-        if "s" not in self.state[p]:
-            self.state[p]["s"] = self._initial(group, p)
-    new = [self._observed[p] for p in params]
-    if self.finite is not None:
-        new = [torch.where(self.finite, n, 0.0) for n in new]
-    return [self.state[p]["s"] for p in params], new
+        self.state[p]["kept"] = self.state[p].get("kept", 1.0) * decay
+    return s
 
 
 def _with_prior(self: WeightPerturbation, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
@@ -185,7 +187,7 @@ def _with_prior(self: WeightPerturbation, group: dict[str, Any], params: list[Te
     return torch._foreach_add(grads, means, alpha=group["prior_precision"] / group["train_size"])
 
 
-WeightPerturbation._scales, WeightPerturbation._with_prior = _scales, _with_prior
+WeightPerturbation._updated, WeightPerturbation._with_prior = _updated, _with_prior
 
 # %% ../../nbs/optim/bayes.ipynb #091482fe
 def _check_beta(group: dict[str, Any]) -> None:
@@ -211,9 +213,8 @@ class Vprop(WeightPerturbation):
         _check_beta(group)
 
     def direction(self, group, params, grads):
-        s, new = self._scales(group, params)
-        self.average_(s, new, 1 - group["beta"])
-        denominator = torch._foreach_sqrt(s)
+        s = self._updated(group, params, group["beta"])
+        denominator = torch._foreach_sqrt(torch._foreach_add(s, [self._initial(group, p) for p in params]))
         torch._foreach_add_(denominator, group["prior_precision"] / group["train_size"])
         return torch._foreach_div(self._with_prior(group, params, grads), denominator)
 
@@ -246,9 +247,8 @@ class VOGN(WeightPerturbation):
         return {p: h for p, h in zip(closure.params, closure.mean_(means)) if p in grads}
 
     def direction(self, group, params, grads):
-        s, new = self._scales(group, params)
-        self.average_(s, new, 1 - group["beta"])
-        denominator = torch._foreach_add(s, group["prior_precision"] / group["train_size"])
+        s = self._updated(group, params, group["beta"])
+        denominator = torch._foreach_add(s, [self._initial(group, p) + group["prior_precision"] / group["train_size"] for p in params])
         return torch._foreach_div(self._with_prior(group, params, grads), denominator)
 
 # %% ../../nbs/optim/bayes.ipynb #e24c563c
@@ -256,6 +256,7 @@ class Vadam(WeightPerturbation):
     """Adam with perturbed weights (Khan et al. 2018, figure 1).
 
     `m <- b1 m + (1 - b1)(g + lambda mu / N)`, `s <- b2 s + (1 - b2) g^2`, `mu <- mu - lr m^ / (sqrt(s^) + lambda / N)`, with bias-corrected `m^`, `s^` as in Adam and `g` taken at `w = mu + eps / sqrt(N s + lambda)`.
+    The correction takes the initial value out of `s^` (the authors' code divides it by `1 - b2^t` as well, which stalls the mean when the initial precision exceeds the prior's; without such an excess both are the same).
 
     Args:
         model: a module or what torch accepts as params.
@@ -275,10 +276,9 @@ class Vadam(WeightPerturbation):
     def direction(self, group, params, grads):
         (b1, b2), steps = group["betas"], count_step(self.state, params)
         m, = zeros_state(self.state, params, "m")
-        s, new = self._scales(group, params)
         self.average_(m, self._with_prior(group, params, grads), 1 - b1)
-        self.average_(s, new, 1 - b2)
-        denominator = torch._foreach_sqrt(torch._foreach_div(s, [1 - b2**t for t in steps]))
+        s = self._updated(group, params, b2)
+        denominator = torch._foreach_sqrt(torch._foreach_div(s, [1 - self.state[p]["kept"] for p in params]))
         torch._foreach_add_(denominator, group["prior_precision"] / group["train_size"])
         return torch._foreach_div(torch._foreach_div(m, [1 - b1**t for t in steps]), denominator)
 
@@ -291,21 +291,25 @@ class VadaGrad(WeightPerturbation):
         lr: step size.
         growth: factor of the squared gradient in the sum; 0 keeps the noise at its initial size.
         initial_precision: `s` at the start; the first perturbations have standard deviation `1 / sqrt(initial_precision)`.
-        samples, temperature: as in `WeightPerturbation`, which also lists the errors.
-        **shared: see `CurvatureOptimizer`.
+        **posterior: see `Vprop`; here `train_size` is 1 and `prior_precision` is 0 unless given, and the loss may be a sum.
     """
 
     accumulates = True
 
-    def __init__(self, model, lr: float = 0.1, growth: float = 1.0, initial_precision: float = 1.0, samples: int = 1, temperature: float = 1.0, **shared: Any):
-        require(initial_precision is not None, "initial_precision", initial_precision, "without a prior the noise needs a size: give a positive precision")
-        super().__init__(model, {"growth": growth}, lr=lr, train_size=1, prior_precision=0.0, initial_precision=initial_precision, samples=samples, temperature=temperature, **shared)
+    def __init__(self, model, lr: float = 0.1, growth: float = 1.0, initial_precision: float = 1.0, **posterior: Any):
+        super().__init__(model, {"growth": growth}, lr=lr, initial_precision=initial_precision, **{"train_size": 1, "prior_precision": 0.0, **posterior})
 
     def check_group(self, group):
         super().check_group(group)
         require(group["growth"] >= 0, "growth", group["growth"], "sums of squares cannot shrink")
+        require(group["initial_precision"] is not None, "initial_precision", None, "without a prior the noise needs a size: give a positive precision")
 
     def direction(self, group, params, grads):
-        s, new = self._scales(group, params)
+        s, = zeros_state(self.state, params, "s")
+        new = [self._observed.pop(p) for p in params]
+        if self.finite is not None:  # a refused step on an accelerator adds nothing
+            new = [torch.where(self.finite, n, 0.0) for n in new]
         torch._foreach_add_(s, new, alpha=group["growth"])
-        return torch._foreach_div(grads, torch._foreach_sqrt(s))
+        denominator = torch._foreach_sqrt(torch._foreach_add(s, [self._initial(group, p) for p in params]))
+        torch._foreach_add_(denominator, group["prior_precision"] / group["train_size"])
+        return torch._foreach_div(self._with_prior(group, params, grads), denominator)
