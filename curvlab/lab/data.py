@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['UCI', 'FASHION_FILES', 'FASHION_URL', 'FASHION_DEBIAN', 'SHAKESPEARE', 'Data', 'split', 'standardise', 'as_data',
-           'digits', 'table', 'breast_cancer', 'wine', 'diabetes', 'mnist1d', 'curves', 'cache_folder', 'download',
-           'have_fashion_mnist', 'fashion_mnist_folder', 'fashion_mnist', 'Corpus', 'corpus', 'tokenise', 'language',
-           'least_squares', 'separable']
+           'bundled', 'digits', 'table', 'breast_cancer', 'wine', 'diabetes', 'mnist1d', 'curves', 'cache_folder',
+           'download', 'have_fashion_mnist', 'fashion_mnist_folder', 'fashion_mnist', 'Corpus', 'corpus', 'tokenise',
+           'language', 'least_squares', 'separable']
 
 # %% ../../nbs/lab/data.ipynb #2f57a4d7
 import functools
@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import pooch
 import torch
-from sklearn import datasets as sklearn_datasets
 from torch import Tensor
 
 # %% ../../nbs/lab/data.ipynb #cdeccfb1
@@ -121,6 +120,13 @@ def as_data(name: str, parts, licence: str, source: str, dtype=None, device=None
 UCI = "CC BY 4.0 (UCI Machine Learning Repository)"
 
 
+def bundled(name: str, **options) -> tuple[np.ndarray, np.ndarray]:
+    "Inputs and targets of a set inside scikit-learn, whose import takes a second and is left to those who need it."
+    from sklearn import datasets
+
+    return getattr(datasets, f"load_{name}")(return_X_y=True, **options)
+
+
 def digits(flat: bool = True, test: int | float = 297, scale: str = "unit", seed: int = 0, dtype=None, device=None) -> Data:
     """1797 handwritten digits, inputs `(n, 64)` or `(n, 1, 8, 8)`, targets class indices.
 
@@ -128,7 +134,7 @@ def digits(flat: bool = True, test: int | float = 297, scale: str = "unit", seed
     """
     if scale not in ("unit", "standard"):
         raise ValueError(f"scale={scale!r}: choose 'unit' or 'standard'")
-    x, y = sklearn_datasets.load_digits(return_X_y=True)
+    x, y = bundled("digits")
     x_train, y_train, x_test, y_test = split(x / 16.0, y, test, seed)
     if scale == "standard":
         x_train, x_test = standardise(x_train, x_test, scalar=True)
@@ -148,7 +154,7 @@ def table(name: str, x, y, standardised: bool, bias: bool, test, seed, dtype, de
 
 def breast_cancer(features: int = 30, standardised: bool = True, bias: bool = False, test: int | float = 227, seed: int = 0, dtype=None, device=None) -> Data:
     "569 tumours, the first `features` of 30 measurements; targets `(n, 1)` in {0, 1} (1: benign) as floats."
-    x, y = sklearn_datasets.load_breast_cancer(return_X_y=True)
+    x, y = bundled("breast_cancer")
     if not 1 <= features <= x.shape[1]:
         raise ValueError(f"features={features}: choose 1 to {x.shape[1]}")
     return table("breast-cancer", x[:, :features], y[:, None] * 1.0, standardised, bias, test, seed, dtype, device, UCI)
@@ -158,13 +164,13 @@ def wine(target: str = "class", standardised: bool = True, bias: bool = False, t
     "178 wines of 3 cultivars, 13 measurements; `target='class'` gives indices, `'regression'` the index as a real number `(n, 1)`."
     if target not in ("class", "regression"):
         raise ValueError(f"target={target!r}: choose 'class' or 'regression'")
-    x, y = sklearn_datasets.load_wine(return_X_y=True)
+    x, y = bundled("wine")
     return table("wine", x, y if target == "class" else y[:, None] * 1.0, standardised, bias, test, seed, dtype, device, UCI)
 
 
 def diabetes(standardised: bool = True, test: int | float = 0.2, seed: int = 0, dtype=None, device=None) -> Data:
     "442 patients, 10 measurements; the target is disease progression after a year, `(n, 1)`, standardised with the inputs if asked."
-    x, y = sklearn_datasets.load_diabetes(return_X_y=True, scaled=False)
+    x, y = bundled("diabetes", scaled=False)
     x_train, y_train, x_test, y_test = split(x, y[:, None], test, seed)
     if standardised:
         (x_train, x_test), (y_train, y_test) = standardise(x_train, x_test), standardise(y_train, y_test)

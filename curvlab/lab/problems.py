@@ -56,7 +56,7 @@ class Problem:
         metrics: name -> function of (outputs, targets).
         batch: mini-batch size; `None` for full-batch training.
         steps: default length of a run.
-        target: training loss that a good method reaches well within `steps` (for time-to-target), or `None`.
+        target: training loss for time-to-target, or `None`: about what Adam with a good step size has reached after two thirds of a `smoke` run.
     """
 
     name: str
@@ -223,14 +223,15 @@ def pick(size: str, **sizes: tuple) -> tuple:
     return sizes[size]
 
 
-def classifier(name: str, data: Data, build: Callable[[], nn.Module], loss: str, batch: int | None, steps: int, **more) -> Problem:
-    "A classification problem: softmax cross-entropy, or squared error against one-hot targets (a Gaussian likelihood)."
+def classifier(name: str, data: Data, build: Callable[[], nn.Module], loss: str, batch: int | None, steps: int, target: float | None = None) -> Problem:
+    "A classification problem: softmax cross-entropy (to which `target` refers), or squared error against one-hot targets (a Gaussian likelihood)."
     if loss not in ("cross-entropy", "squared"):
         raise ValueError(f"loss={loss!r}: choose 'cross-entropy' or 'squared'")
     if loss == "squared":
         hot = lambda y: nn.functional.one_hot(y, 10).to(data.x_train.dtype)
         data = replace(data, y_train=hot(data.y_train), y_test=hot(data.y_test))
-    return Problem(name, data, build, nn.CrossEntropyLoss() if loss == "cross-entropy" else nn.MSELoss(), None, {"accuracy": accuracy}, batch, steps, **more)
+        return Problem(name, data, build, nn.MSELoss(), None, {"accuracy": accuracy}, batch, steps)
+    return Problem(name, data, build, nn.CrossEntropyLoss(), None, {"accuracy": accuracy}, batch, steps, target)
 
 # %% ../../nbs/lab/problems.ipynb #00be6791
 def digits_ae(size: str = "smoke", activation: type[nn.Module] = nn.Tanh, test: int = 297, seed: int = 0, dtype=None, device=None) -> Problem:
@@ -238,7 +239,7 @@ def digits_ae(size: str = "smoke", activation: type[nn.Module] = nn.Tanh, test: 
     (steps,) = pick(size, smoke=(300,), cpu=(1000,), gpu=(1000,))
     data = sets.digits(test=test, seed=seed, dtype=dtype, device=device).autoencoding()
     loss = nn.BCEWithLogitsLoss(reduction="sum")
-    return Problem("digits-ae", data, lambda: autoencoder([64, 48, 24, 8], activation), loss, "examples", {"squared error": pixel_error}, None, steps)
+    return Problem("digits-ae", data, lambda: autoencoder([64, 48, 24, 8], activation), loss, "examples", {"squared error": pixel_error}, None, steps, 19.0)
 
 
 def curves_ae(size: str = "smoke", sparse: bool = True, seed: int = 0, dtype=None, device=None) -> Problem:
@@ -247,14 +248,14 @@ def curves_ae(size: str = "smoke", sparse: bool = True, seed: int = 0, dtype=Non
     data = sets.curves(n, n // 5, side, brush=0.7 * side / 12, seed=seed, dtype=dtype, device=device)
     build = lambda: autoencoder([side**2, *widths], nn.Sigmoid)
     loss = nn.BCEWithLogitsLoss(reduction="sum")
-    return Problem("curves-ae", data, (lambda: sparse_init(build())) if sparse else build, loss, "examples", {"squared error": pixel_error}, 200, steps)
+    return Problem("curves-ae", data, (lambda: sparse_init(build())) if sparse else build, loss, "examples", {"squared error": pixel_error}, 200, steps, None if size == "gpu" else 30.0)
 
 # %% ../../nbs/lab/problems.ipynb #48d32d7c
 def digits_mlp(size: str = "smoke", hidden: Sequence[int] = (100, 100), activation: type[nn.Module] = nn.ReLU, loss: str = "cross-entropy", test: int = 297, seed: int = 0, dtype=None, device=None) -> Problem:
     "Classifier 64-100-100-10 on digits, batch 64."
     (steps,) = pick(size, smoke=(300,), cpu=(1000,), gpu=(3000,))
     data = sets.digits(test=test, scale="standard", seed=seed, dtype=dtype, device=device)
-    return classifier("digits-mlp", data, lambda: mlp([64, *hidden, 10], activation), loss, 64, steps)
+    return classifier("digits-mlp", data, lambda: mlp([64, *hidden, 10], activation), loss, 64, steps, 0.03)
 
 
 def digits_cnn(size: str = "smoke", activation: type[nn.Module] = nn.ReLU, pool: str | None = None, head: str = "flatten", padding: int = 1, loss: str = "cross-entropy",
@@ -262,27 +263,27 @@ def digits_cnn(size: str = "smoke", activation: type[nn.Module] = nn.ReLU, pool:
     "conv3x3(8), conv3x3 stride 2 (16), linear, on 8 by 8 digits, batch 128; the options are those of `convnet`."
     (steps,) = pick(size, smoke=(300,), cpu=(2000,), gpu=(2000,))
     data = sets.digits(flat=False, test=test, seed=seed, dtype=dtype, device=device)
-    return classifier("digits-cnn", data, lambda: convnet(8, activation=activation, pool=pool, head=head, padding=padding), loss, 128, steps)
+    return classifier("digits-cnn", data, lambda: convnet(8, activation=activation, pool=pool, head=head, padding=padding), loss, 128, steps, 1e-3)
 
 
 def mnist1d_mlp(size: str = "smoke", hidden: Sequence[int] = (100, 100), activation: type[nn.Module] = nn.ReLU, loss: str = "cross-entropy", seed: int = 42, dtype=None, device=None) -> Problem:
     "Classifier 40-100-100-10 on MNIST-1D, batch 100."
     (steps,) = pick(size, smoke=(400,), cpu=(2000,), gpu=(6000,))
-    return classifier("mnist1d-mlp", sets.mnist1d(seed=seed, dtype=dtype, device=device), lambda: mlp([40, *hidden, 10], activation), loss, 100, steps)
+    return classifier("mnist1d-mlp", sets.mnist1d(seed=seed, dtype=dtype, device=device), lambda: mlp([40, *hidden, 10], activation), loss, 100, steps, 0.75)
 
 
 def fm_mlp(size: str = "smoke", hidden: Sequence[int] = (100, 100), activation: type[nn.Module] = nn.ReLU, loss: str = "cross-entropy", n: int | None = None, batch: int = 64, dtype=None, device=None) -> Problem:
     "Classifier 196-100-100-10 on the first 5000 Fashion-MNIST images pooled to 14 by 14 (all 60000 at `gpu` size)."
     n_default, n_test, steps = pick(size, smoke=(5000, 2000, 400), cpu=(5000, 10000, 400), gpu=(60000, 10000, 4690))
     data = sets.fashion_mnist(n or n_default, n_test, pool=2, dtype=dtype, device=device)
-    return classifier("fm-mlp", data, lambda: mlp([196, *hidden, 10], activation), loss, batch, steps)
+    return classifier("fm-mlp", data, lambda: mlp([196, *hidden, 10], activation), loss, batch, steps, 0.45)
 
 
 def fashion_mlp(size: str = "smoke", hidden: Sequence[int] = (128,), activation: type[nn.Module] = nn.ReLU, loss: str = "cross-entropy", n: int | None = None, batch: int = 128, dtype=None, device=None) -> Problem:
     "Classifier 784-128-10 on Fashion-MNIST (5000 images; all at `gpu` size)."
     n_default, n_test, steps = pick(size, smoke=(5000, 2000, 320), cpu=(5000, 10000, 320), gpu=(60000, 10000, 4690))
     data = sets.fashion_mnist(n or n_default, n_test, dtype=dtype, device=device)
-    return classifier("fashion-mlp", data, lambda: mlp([784, *hidden, 10], activation), loss, batch, steps)
+    return classifier("fashion-mlp", data, lambda: mlp([784, *hidden, 10], activation), loss, batch, steps, 0.35)
 
 
 def fashion_cnn(size: str = "smoke", channels: Sequence[int] = (16, 32), activation: type[nn.Module] = nn.ReLU, head: str = "flatten", pool: str | None = "max", loss: str = "cross-entropy",
@@ -298,34 +299,34 @@ def breast_cancer_logistic(size: str = "smoke", standardised: bool = True, featu
     "Logistic regression with bias on breast-cancer data, full batch; raw columns with `standardised=False`."
     (steps,) = pick(size, smoke=(100,), cpu=(1000,), gpu=(1000,))
     data = sets.breast_cancer(features, standardised, test=test, seed=seed, dtype=dtype, device=device)
-    return Problem("breast-cancer-logistic", data, lambda: zero_init(nn.Linear(features, 1)), nn.BCEWithLogitsLoss(), None, {"accuracy": accuracy}, None, steps)
+    return Problem("breast-cancer-logistic", data, lambda: zero_init(nn.Linear(features, 1)), nn.BCEWithLogitsLoss(), None, {"accuracy": accuracy}, None, steps, 0.04 if features == 30 else None)
 
 
 def wine_linear(size: str = "smoke", standardised: bool = True, test: int | float = 0.2, seed: int = 0, dtype=None, device=None) -> Problem:
     "Linear regression of the cultivar's index on 13 measurements, full batch; raw columns with `standardised=False`."
     (steps,) = pick(size, smoke=(100,), cpu=(1000,), gpu=(1000,))
     data = sets.wine("regression", standardised, test=test, seed=seed, dtype=dtype, device=device)
-    return Problem("wine-linear", data, lambda: zero_init(nn.Linear(13, 1)), nn.MSELoss(), None, {}, None, steps)
+    return Problem("wine-linear", data, lambda: zero_init(nn.Linear(13, 1)), nn.MSELoss(), None, {}, None, steps, 0.064)
 
 
 def diabetes_mlp(size: str = "smoke", hidden: Sequence[int] = (50,), seed: int = 0, dtype=None, device=None) -> Problem:
     "Regression net 10-50-1 on diabetes, batch 32."
     (steps,) = pick(size, smoke=(300,), cpu=(1200,), gpu=(1200,))
-    return Problem("diabetes-mlp", sets.diabetes(seed=seed, dtype=dtype, device=device), lambda: mlp([10, *hidden, 1]), nn.MSELoss(), None, {}, 32, steps)
+    return Problem("diabetes-mlp", sets.diabetes(seed=seed, dtype=dtype, device=device), lambda: mlp([10, *hidden, 1]), nn.MSELoss(), None, {}, 32, steps, 0.38)
 
 
 def least_squares(size: str = "smoke", noise: float = 0.0, n: int = 200, d: int = 20, batch: int = 1, seed: int = 0, dtype=None, device=None) -> Problem:
     "Linear regression that interpolates (`noise=0`) or does not, one example a step."
     (steps,) = pick(size, smoke=(2000,), cpu=(20000,), gpu=(20000,))
     data = sets.least_squares(n, d, noise, seed=seed, dtype=dtype, device=device)
-    return Problem("least-squares", data, lambda: zero_init(nn.Linear(d, 1, bias=False)), nn.MSELoss(), None, {}, batch, steps)
+    return Problem("least-squares", data, lambda: zero_init(nn.Linear(d, 1, bias=False)), nn.MSELoss(), None, {}, batch, steps, None if noise else 1e-6)
 
 
 def separable_logistic(size: str = "smoke", margin: float = 0.1, n: int = 1000, d: int = 20, batch: int = 100, seed: int = 0, dtype=None, device=None) -> Problem:
     "Logistic regression without bias on separable points."
     (steps,) = pick(size, smoke=(200,), cpu=(1000,), gpu=(1000,))
     data = sets.separable(n, d, margin, seed=seed, dtype=dtype, device=device)
-    return Problem("separable-logistic", data, lambda: zero_init(nn.Linear(d, 1, bias=False)), nn.BCEWithLogitsLoss(), None, {"accuracy": accuracy}, batch, steps)
+    return Problem("separable-logistic", data, lambda: zero_init(nn.Linear(d, 1, bias=False)), nn.BCEWithLogitsLoss(), None, {"accuracy": accuracy}, batch, steps, 0.02)
 
 # %% ../../nbs/lab/problems.ipynb #73a5b810
 def char_lm(size: str = "smoke", model: str = "mlp", text: str | None = None, context: int = 16, seed: int = 0, dtype=None, device=None) -> Problem:

@@ -114,7 +114,8 @@ class Outcome:
     def target(self) -> float:
         "Training loss for the times to target; infinite if every method diverged."
         ends = [float(np.median(self.tuned.finals(label))) for label in self.tuned.runs]
-        return self.task.target or max((e for e in ends if math.isfinite(e)), default=math.inf)
+        own = self.task.target
+        return own if own is not None and min(ends) <= own else max((e for e in ends if math.isfinite(e)), default=math.inf)
 
     def rows(self) -> list[dict[str, Any]]:
         "One dictionary per method, the lowest final loss first."
@@ -185,7 +186,7 @@ def race(task: Problem | str, optimizers: Sequence[str] | str, budget: Budget | 
     budget = Budget.of(budget or task.steps)
     for method in methods:   # an option that does not exist should fail now, not after the others have run
         try:
-            method.bound({})(task.make_model(0))
+            method.bound({}).on(len(task.data))(task.make_model(0))
         except TypeError as error:
             raise ValueError(f"optimizers: {method.label} cannot be made: {error}") from error
     short = Budget(max(1, math.ceil(budget.amount / 4)) if budget.unit == "steps" else budget.amount / 4, budget.unit)

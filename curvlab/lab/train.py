@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib
+import inspect
 import math
 import os
 import time
@@ -56,6 +57,11 @@ class Recipe:
         made = {k: resolve(v.name)(**v.options) if isinstance(v, Recipe) else v for k, v in self.options.items()}
         ours = "." not in self.name or self.name.startswith("curvlab.")
         return resolve(self.name)(model if ours else [p for p in model.parameters() if p.requires_grad], **made)
+
+    def on(self, n: int) -> "Recipe":
+        "The recipe for a training set of `n` examples: Bayesian methods that ask for a `train_size` are told it."
+        asks = "train_size" not in self.options and "train_size" in inspect.signature(resolve(self.name)).parameters
+        return self.having(train_size=n) if asks else self
 
     def having(self, **options) -> "Recipe":
         "A copy with some options changed or added."
@@ -276,7 +282,7 @@ class Run:
 
 def start(task: Problem, model: nn.Module, make: Callable[[nn.Module], Any], seed: int, batch: int | Sequence[int] | None, label: str | None = None, average: float | None = None) -> Run:
     "A run before its first step."
-    optimizer = make(model)
+    optimizer = make.on(len(task.data))(model) if isinstance(make, Recipe) else make(model)
     label = label or (str(make) if isinstance(make, Recipe) else type(optimizer).__name__)
     mean = WeightAverage(model, average) if average is not None else None
     records = Records(label, task.name, seed, model=model, optimizer=optimizer, averaged=mean)
@@ -294,7 +300,7 @@ def advance(run: Run) -> bool:
     run.closure = run.objective.at(x, y)
     try:
         loss = float(run.optimizer.step(run.closure))
-    except NonFiniteError:        # our optimizers refuse such a step
+    except (NonFiniteError, FloatingPointError):        # our optimizers and solvers refuse such a step
         loss = math.inf
     except torch.linalg.LinAlgError:
         if all(p.isfinite().all() for p in run.model.parameters()):

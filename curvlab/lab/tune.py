@@ -5,6 +5,7 @@
 # %% ../../nbs/lab/tune.ipynb #aa7e34f1
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -22,7 +23,8 @@ from .problems import Problem, problem
 from .train import Budget, Recipe, Records, parse, train
 
 # %% auto #0
-__all__ = ['Grid', 'Method', 'edges', 'further', 'Job', 'run_job', 'run_jobs', 'Trial', 'Tuned', 'best_trial', 'search', 'tune']
+__all__ = ['Grid', 'Method', 'edges', 'further', 'Job', 'run_job', 'check_sendable', 'workers', 'Trial', 'Tuned', 'best_trial',
+           'search', 'tune']
 
 # %% ../../nbs/lab/tune.ipynb #3d0edf61
 @dataclass(frozen=True)
@@ -145,26 +147,31 @@ def run_job(job: Job) -> Records:
     return train(task, job.make, job.budget, seed=job.seed, label=job.label, **job.settings).bare()
 
 
-def run_jobs(jobs: Sequence[Job], n_jobs: int = 1, after: Callable[[], None] = lambda: None) -> list[Records]:
-    """Do all jobs, `n_jobs` at a time, and return their records in order; `after` is called as each one is finished.
-
-    Raises `ValueError` if jobs for other processes hold what cannot be sent, or have budgets in seconds (processes disturb each other's clocks).
-    """
-    def finished(results):
-        for records in results:
-            after()
-            yield records
-
-    if n_jobs == 1:
-        return list(finished(map(run_job, jobs)))
-    for job in jobs:
+def check_sendable(jobs: Sequence[Job], n_jobs: int) -> None:
+    "Raises `ValueError` if jobs for other processes hold what cannot be sent, or have budgets in seconds (processes disturb each other's clocks)."
+    for job in jobs if n_jobs > 1 else ():
         if not isinstance(job.make, Recipe) or (isinstance(job.task, Problem) and job.task.options is None):
             raise ValueError(f"n_jobs={n_jobs}: {job.label} has a hand-made problem or optimizer, which cannot be sent to another process; use n_jobs=1, or names from the registries")
         if job.budget.unit == "seconds":
             raise ValueError(f"n_jobs={n_jobs}: a budget in seconds needs a quiet machine; use n_jobs=1")
-    sent = [replace(job, task=(job.task.name, dict(job.task.options))) if isinstance(job.task, Problem) else job for job in jobs]
-    with ProcessPoolExecutor(n_jobs, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(finished(pool.map(run_job, sent)))
+
+
+@contextlib.contextmanager
+def workers(n_jobs: int) -> Iterator[Callable]:
+    "Inside, `run(jobs, after)` does jobs, `n_jobs` at a time, and returns their records in order; `after` is called as each one is finished."
+    pool = ProcessPoolExecutor(n_jobs, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) if n_jobs > 1 else None
+
+    def run(jobs: Sequence[Job], after: Callable[[], None] = lambda: None) -> list[Records]:
+        check_sendable(jobs, n_jobs)
+        sent = [replace(job, task=(job.task.name, dict(job.task.options))) if pool and isinstance(job.task, Problem) else job for job in jobs]
+        done = []
+        for records in (pool.map if pool else map)(run_job, sent):
+            after()
+            done.append(records)
+        return done
+
+    with pool or contextlib.nullcontext():
+        yield run
 
 # %% ../../nbs/lab/tune.ipynb #bfd5df73
 @dataclass(frozen=True)
@@ -281,14 +288,14 @@ def tune(task: Problem | str, methods: Sequence[Method], budget: Budget | int | 
 
     def run_all(jobs):
         bar.update(counter, total=bar.tasks[counter].total + len(jobs))
-        return run_jobs(jobs, n_jobs, lambda: bar.advance(counter))
+        return run(jobs, lambda: bar.advance(counter))
 
     def evaluate(pairs):
         common = {"evaluate_every": 10**9, **settings} if criterion == "loss" else settings   # the last evaluation is enough
         done = run_all([Job(task, m.label, m.bound(o), short, pilot_seed, {**common, **m.settings}) for m, o in pairs])
         return [math.inf if run.diverged else sign * float(run[criterion][-1]) for run in done]
 
-    with Progress(*Progress.get_default_columns(), transient=True, disable=not progress) as bar:
+    with Progress(transient=True, disable=not progress) as bar, workers(n_jobs) as run:
         counter = bar.add_task("runs", total=0)
         log = search(methods, trials, evaluate, rounds, extra)
         best = {m.label: best_trial(log, m.label) if m.search else Trial(m.label, {}, (), math.nan, 0) for m in methods}
