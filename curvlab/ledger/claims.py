@@ -334,7 +334,7 @@ def load_paper(id):
     if not path.exists():
         known = sorted(p.stem for p in ledger_folder().glob("*.yml"))
         near = [k for k in known if id.split("-")[0] and id.split("-")[0] in k] or known[:5]
-        raise LedgerError(f"paper {id!r} is not in the ledger {ledger_folder()}; did you mean one of {near}? `curvlab list` shows all {len(known)}")
+        raise LedgerError(f"paper {id!r} is not in the ledger; did you mean one of {near}? `curvlab list` shows all {len(known)}")
     return read_paper(path)
 
 

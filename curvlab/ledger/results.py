@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FIELDS', 'MARKS', 'DamagedResult', 'write_atomically', 'encode', 'short_hash', 'notebook_hash', 'package_hash',
            'commit', 'versions', 'digest', 'write_result', 'read_result', 'as_values', 'shown', 'show', 'cell',
-           'claims_markdown', 'verdicts_markdown', 'Run', 'ledger_file', 'read_results', 'compare']
+           'claims_markdown', 'verdicts_markdown', 'check_arguments', 'checked_measures', 'ledger_file', 'Run',
+           'claim_entry', 'result_of', 'costs_markdown', 'read_results', 'compare']
 
 # %% ../../nbs/ledger/results.ipynb #6b81fc77
 import hashlib
@@ -20,7 +21,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from .claims import SIZES, VERDICTS, LedgerError, describe, judge, ledger_folder, load_paper, notebook_path, package_folder
+from .claims import SIZES, VERDICTS, LedgerError, describe, judge, ledger_folder, load_paper, notebook_path, package_folder, row
 
 # %% ../../nbs/ledger/results.ipynb #83f08786
 class DamagedResult(ValueError):
@@ -184,6 +185,38 @@ def verdicts_markdown(claims):
     return "\n".join(lines)
 
 # %% ../../nbs/ledger/results.ipynb #8e5d5f98
+def check_arguments(size, seed, device, out):
+    "Raise `LedgerError` naming the first argument of a run that cannot be used."
+    if size not in SIZES:
+        raise LedgerError(f"size={size!r}: use one of {list(SIZES)}")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise LedgerError(f"seed={seed!r}: use a whole number")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
+        raise LedgerError(f"device={device!r}: use 'cpu', 'cuda' or 'cuda:0'")
+    if out and not Path(out).is_dir():
+        raise LedgerError(f"out={out!r}: no such folder; make it first, or pass '' to write nothing")
+
+
+def checked_measures(claim, size, measures):
+    "`measures` as lists of numbers; raises `LedgerError` for a name the claim does not know, one that is missing, or a value that is no number."
+    if size not in claim.sizes:
+        raise LedgerError(f"{claim.id} is not decided at size {size!r}, only at {list(claim.sizes)}")
+    needed = [c.measure for c in claim.deciding(size)]
+    allowed = {c.measure for c in claim.criteria + claim.controls} | {m for m, _ in claim.reported}
+    for name in measures:
+        if name not in allowed:
+            raise LedgerError(f"{claim.id} has no measure {name!r}; the ledger names {sorted(allowed)}")
+    for name in needed:
+        if name not in measures:
+            raise LedgerError(f"{claim.id}: measure {name!r} is missing; the ledger needs {needed}")
+    return {name: as_values(v, f"{claim.id}: {name}") for name, v in measures.items()}
+
+
+def ledger_file(id):
+    "Path of the ledger file of paper `id`."
+    return ledger_folder() / f"{id}.yml"
+
+# %% ../../nbs/ledger/results.ipynb #f81c19f4
 class Run:
     """One execution of a paper notebook: takes measured values, lets the ledger judge them, writes `claims.json`.
 
@@ -192,17 +225,12 @@ class Run:
     """
 
     def __init__(self, paper, size="smoke", seed=0, device="cpu", out=""):
-        if size not in SIZES:
-            raise LedgerError(f"size={size!r}: use one of {list(SIZES)}")
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise LedgerError(f"seed={seed!r}: use a whole number")
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
-            raise LedgerError(f"device={device!r}: use 'cpu', 'cuda' or 'cuda:0'")
-        if out and not Path(out).is_dir():
-            raise LedgerError(f"out={out!r}: no such folder; make it first, or pass '' to write nothing")
+        check_arguments(size, seed, device, out)
         self.paper, self.size, self.seed, self.device, self.out = load_paper(paper), size, seed, device, str(out)
         if self.paper.status != "built":
             raise LedgerError(f"{paper} is only planned; state its claims in the ledger (status: built) before measuring")
+        file = notebook_path(paper)
+        self.code = {"commit": commit(), "notebook": notebook_hash(file) if file.exists() else None, "package": package_hash(ledger_file(paper))}
         self.checks, self.measures, self.seconds, self.costs = {}, {}, {}, {}
         self.started = self.last = time.time()
 
@@ -216,78 +244,62 @@ class Run:
         if name not in known:
             raise LedgerError(f"{name!r} is no validity check of {self.paper.id}; the ledger has {sorted(known)}")
         self.checks[name] = as_values(value, name)
-        return not any(math.isnan(v) for v in self.checks[name]) and known[name].satisfied(self.checks[name], self.size)
+        return row(known[name], self.checks[name], self.size)["ok"]
 
     def record(self, claim_id, **measures):
-        "Record all measures of a claim (numbers, or lists with one value per seed) and print its verdict, which is returned."
+        "Record all measures of a claim (numbers, or lists with one value per seed), print its verdict and return it."
         claim = self.paper.claim(claim_id)
-        if self.size not in claim.sizes:
-            raise LedgerError(f"{claim_id} is not decided at size {self.size!r}, only at {list(claim.sizes)}")
-        needed = [c.measure for c in claim.deciding(self.size)]
-        allowed = {c.measure for c in claim.criteria + claim.controls} | {m for m, _ in claim.reported}
-        for name in measures:
-            if name not in allowed:
-                raise LedgerError(f"{claim_id} has no measure {name!r}; the ledger names {sorted(allowed)}")
-        for name in needed:
-            if name not in measures:
-                raise LedgerError(f"{claim_id}: measure {name!r} is missing; the ledger needs {needed}")
-        self.measures[claim_id] = {name: as_values(v, f"{claim_id}: {name}") for name, v in measures.items()}
+        self.measures[claim_id] = checked_measures(claim, self.size, measures)
         self.seconds[claim_id] = self.seconds.get(claim_id, 0.0) + time.time() - self.last
         self.last = time.time()
-        show(verdicts_markdown({claim_id: self.judged(claim)}))
-        return self.judge(claim).verdict
+        entry = claim_entry(self, claim)
+        show(verdicts_markdown({claim_id: entry}))
+        return entry["verdict"]
 
     def account(self, name, **costs):
-        "Add a cost line for `name` (a method): numbers such as seconds, gradients, hvps, megabytes."
+        "Add a cost line for `name` (a method): numbers that are not negative, such as seconds, gradients, hvps, megabytes."
         for key, value in costs.items():
             values = as_values(value, f"account {name}: {key}")
             if len(values) != 1 or not values[0] >= 0:
                 raise LedgerError(f"account {name}: {key}={value!r} must be one number that is not negative")
             self.costs.setdefault(name, {})[key] = values[0]
 
-    def judge(self, claim):
-        "The judgement on a claim so far."
-        return judge(claim, self.measures.get(claim.id), self.checks, self.size, self.paper.validity)
-
-    def judged(self, claim):
-        "The claim's entry in the result: verdict, rows, reasons, values per seed."
-        decision = self.judge(claim)
-        return {"kind": claim.kind, "verdict": decision.verdict, "expected": claim.expected, "rows": list(decision.rows), "reasons": list(decision.reasons),
-                "values": self.measures.get(claim.id, {}), "seconds": round(self.seconds.get(claim.id, 0.0), 2)}
+    def show_costs(self):
+        "Print the cost lines recorded by `account`."
+        show(costs_markdown(self.costs))
 
     def verdicts(self):
         "Print the table of all claims with measured numbers and verdicts so far."
-        show(verdicts_markdown({c.id: self.judged(c) for c in self.paper.claims}))
-
-    def costs_markdown(self):
-        "The cost lines as a Markdown table."
-        keys = list(dict.fromkeys(k for line in self.costs.values() for k in line))
-        lines = [f"| {' | '.join(['method', *keys])} |", f"|{' --- |' * (len(keys) + 1)}"]
-        return "\n".join(lines + [f"| {cell(name)} | " + " | ".join(shown(line[k]) if k in line else "" for k in keys) + " |" for name, line in self.costs.items()])
-
-    def show_costs(self):
-        "Print the cost lines recorded by `account`."
-        show(self.costs_markdown())
-
-    def result(self):
-        "The result as the mapping that `finish` writes."
-        file, source = notebook_path(self.paper.id), ledger_file(self.paper.id)
-        checks = {n: {"values": v, "criterion": self.paper.checks()[n].text(self.size), "ok": self.check(n, v)} for n, v in self.checks.items()}
-        return {"format": 1, "paper": self.paper.id, "size": self.size, "seed": self.seed, "device": self.device,
-                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)), "seconds": round(time.time() - self.started, 2),
-                "versions": versions(), "commit": commit(), "notebook": notebook_hash(file) if file.exists() else None, "package": package_hash(source),
-                "checks": checks, "claims": {c.id: self.judged(c) for c in self.paper.claims}, "account": self.costs}
+        show(verdicts_markdown({c.id: claim_entry(self, c) for c in self.paper.claims}))
 
     def finish(self):
         "Last line of a paper notebook: print all verdicts and write `claims.json` into `out`. Raises `OSError` when it cannot be written."
         self.verdicts()
         if self.out:
-            write_result(Path(self.out) / "claims.json", self.result())
+            write_result(Path(self.out) / "claims.json", result_of(self))
+
+# %% ../../nbs/ledger/results.ipynb #9eeb52e8
+def claim_entry(run, claim):
+    "The entry of `claim` in the result of `run`."
+    decision = judge(claim, run.measures.get(claim.id), run.checks, run.size, run.paper.validity)
+    return {"kind": claim.kind, "verdict": decision.verdict, "expected": claim.expected, "rows": list(decision.rows), "reasons": list(decision.reasons),
+            "values": run.measures.get(claim.id, {}), "seconds": round(run.seconds.get(claim.id, 0.0), 2)}
 
 
-def ledger_file(id):
-    "Path of the ledger file of paper `id`."
-    return ledger_folder() / f"{id}.yml"
+def result_of(run):
+    "The result of `run` as the mapping that `Run.finish` writes."
+    rules = run.paper.checks()
+    checks = {name: {"values": v, "criterion": rules[name].text(run.size), "ok": row(rules[name], v, run.size)["ok"]} for name, v in run.checks.items()}
+    return {"format": 1, "paper": run.paper.id, "size": run.size, "seed": run.seed, "device": run.device,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(run.started)), "seconds": round(time.time() - run.started, 2), "versions": versions(),
+            **run.code, "checks": checks, "claims": {c.id: claim_entry(run, c) for c in run.paper.claims}, "account": run.costs}
+
+
+def costs_markdown(costs):
+    "The cost lines {method: {quantity: number}} as a Markdown table."
+    keys = list(dict.fromkeys(k for line in costs.values() for k in line))
+    lines = [f"| {' | '.join(['method', *keys])} |", f"|{' --- |' * (len(keys) + 1)}"]
+    return "\n".join(lines + [f"| {cell(name)} | " + " | ".join(shown(line[k]) if k in line else "" for k in keys) + " |" for name, line in costs.items()])
 
 # %% ../../nbs/ledger/results.ipynb #655d7131
 def read_results(folder):
