@@ -508,22 +508,37 @@ def require_likelihood(self: Closure, what: str) -> Likelihood:
 Closure.hvp, Closure.ggnvp, Closure.require_likelihood = hvp, ggnvp, require_likelihood
 
 # %% ../nbs/objective.ipynb #86e1811a
-def _places(model: nn.Module, named: dict[str, Tensor]) -> dict[str, str]:
-    "All places of the named parameters (every module once), with the name each parameter goes by."
-    name_of = {id(p): n for n, p in named.items()}
-    return {f"{path}.{n}".lstrip("."): name_of[id(p)] for path, module in model.named_modules() for n, p in module._parameters.items() if id(p) in name_of}
+def _example_loss(self: Closure, call: Callable[..., Tensor], x: Any, y: Tensor) -> Tensor:
+    "The loss of one example (without the batch dimension), scaled so that the mean over examples is the loss of the batch."
+    o, add = self.objective, lambda t: t.unsqueeze(0)
+    outputs = call(add(x)) if isinstance(x, Tensor) else call(**{k: add(v) for k, v in x.items()}) if isinstance(x, dict) else call(*map(add, x))
+    outputs = outputs.movedim(o.class_dim, 1) if o.class_dim != 1 else outputs
+    ignored, lik = getattr(o.loss, "ignore_index", None), o.likelihood
+    counted = y if ignored is None or y.is_floating_point() else torch.where((y == ignored).all(), 0, y)  # 0/0 otherwise; its weight is zero
+    loss = o.loss(outputs, add(counted))
+    if o.average == "sum":
+        return loss * self.size
+    return loss if lik is None or o.average == "examples" else loss * (1 / lik.weight(outputs.detach(), add(y))) * self._scale(lik, outputs)
 
 
-def _one_by_one(loss_of: Callable, named: dict[str, Tensor], examples: Any, count: float) -> dict[str, Tensor]:
-    "Per-example gradients without `torch.func`, one backward pass an example."
+def _one_by_one(self: Closure, x: Any, y: Tensor) -> list[Tensor]:
+    "Per-example gradients of one part by a pass an example."
     rows = []
-    for x, y in examples:
-        one = x[0] if isinstance(x, Tensor) else {k: v[0] for k, v in x.items()} if isinstance(x, dict) else tuple(v[0] for v in x)
+    for (x1, y1) in zip(_pieces(x, 1), y):
+        x1 = x1[0] if isinstance(x1, Tensor) else {k: v[0] for k, v in x1.items()} if isinstance(x1, dict) else tuple(v[0] for v in x1)
         with torch.enable_grad():
-            loss = loss_of(named, one, y, count)
-        grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-        rows.append([torch.zeros_like(p) if g is None else g for g, p in zip(grads, named.values())])
-    return {n: torch.stack(column) for n, column in zip(named, zip(*rows))}
+            grads = torch.autograd.grad(self._example_loss(bare(self.objective.model), x1, y1), self.params, allow_unused=True)
+        rows.append([torch.zeros_like(p) if g is None else g for g, p in zip(grads, self.params)])
+    return [torch.stack(column) for column in zip(*rows)]
+
+
+def _scale(self: Closure, lik: Likelihood, outputs: Tensor) -> float | Tensor:
+    "Examples per counted term of the whole batch: turns the sum over an example's terms into its `g_b`."
+    whole = outputs.detach().new_empty(()).expand((self.size,) + outputs.shape[1:])
+    return self.size * lik.weight(whole, torch.cat([y for _, y in self.parts]))
+
+
+Closure._example_loss, Closure._one_by_one, Closure._scale = _example_loss, _one_by_one, _scale
 
 # %% ../nbs/objective.ipynb #eea8aac5
 def per_example_grads(self: Closure) -> list[Tensor]:
@@ -558,34 +573,4 @@ def per_example_grads(self: Closure) -> list[Tensor]:
     return [torch.cat(parts) for parts in zip(*results)]
 
 
-def _example_loss(self: Closure, call: Callable[..., Tensor], x: Any, y: Tensor) -> Tensor:
-    "The loss of one example (without the batch dimension), scaled so that the mean over examples is the loss of the batch."
-    o, add = self.objective, lambda t: t.unsqueeze(0)
-    outputs = call(add(x)) if isinstance(x, Tensor) else call(**{k: add(v) for k, v in x.items()}) if isinstance(x, dict) else call(*map(add, x))
-    outputs = outputs.movedim(o.class_dim, 1) if o.class_dim != 1 else outputs
-    ignored, lik = getattr(o.loss, "ignore_index", None), o.likelihood
-    counted = y if ignored is None or y.is_floating_point() else torch.where((y == ignored).all(), 0, y)  # 0/0 otherwise; its weight is zero
-    loss = o.loss(outputs, add(counted))
-    if o.average == "sum":
-        return loss * self.size
-    return loss if lik is None or o.average == "examples" else loss * (1 / lik.weight(outputs.detach(), add(y))) * self._scale(lik, outputs)
-
-
-def _one_by_one(self: Closure, x: Any, y: Tensor) -> list[Tensor]:
-    "Per-example gradients of one part by a pass an example."
-    rows = []
-    for (x1, y1) in zip(_pieces(x, 1), y):
-        x1 = x1[0] if isinstance(x1, Tensor) else {k: v[0] for k, v in x1.items()} if isinstance(x1, dict) else tuple(v[0] for v in x1)
-        with torch.enable_grad():
-            grads = torch.autograd.grad(self._example_loss(bare(self.objective.model), x1, y1), self.params, allow_unused=True)
-        rows.append([torch.zeros_like(p) if g is None else g for g, p in zip(grads, self.params)])
-    return [torch.stack(column) for column in zip(*rows)]
-
-
-def _scale(self: Closure, lik: Likelihood, outputs: Tensor) -> float | Tensor:
-    "Examples per counted term of the whole batch: turns the sum over an example's terms into its `g_b`."
-    whole = outputs.detach().new_empty(()).expand((self.size,) + outputs.shape[1:])
-    return self.size * lik.weight(whole, torch.cat([y for _, y in self.parts]))
-
-
-Closure.per_example_grads, Closure._example_loss, Closure._one_by_one, Closure._scale = per_example_grads, _example_loss, _one_by_one, _scale
+Closure.per_example_grads = per_example_grads

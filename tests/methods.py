@@ -17,9 +17,6 @@ PER_EXAMPLE = {"VOGN"}
 # Methods whose loss is the one at perturbed weights, and how to switch that off.
 UNPERTURBED = {name: {"temperature": 0.0} for name in ("Vadam", "VOGN", "Vprop", "VadaGrad")}
 
-# Methods that use per-example gradients, which do not exist under batch norm in training mode.
-EXAMPLEWISE = {"VOGN"}
-
 # Methods whose algorithm decides on the host, with the reason; all others read nothing from the device in a step.
 HOST_DECISIONS: dict[str, str] = {}
 

@@ -143,6 +143,22 @@ def test_attention_and_recurrence(method):
 
 
 @every
+def test_batch_norm(method, refuses):
+    """Batch norm in training mode: its averages move once a step, or a clear error"""
+    problem = nets.conv()
+    optimizer = build(method, problem.model)
+    if method in PER_EXAMPLE:
+        before = snapshot(problem.model)
+        with pytest.raises(ValueError, match="batch norm"):
+            train(optimizer, problem, 1)
+        assert same(snapshot(problem.model), before)
+        refuses()
+        return
+    falls(train(optimizer, problem, FEW))
+    assert problem.model.norm.num_batches_tracked == FEW
+
+
+@every
 def test_channels_last(method):
     """Channels-last memory format gives the same steps"""
     plain, last = (usable(method, nets.conv(torch.double)) for _ in range(2))

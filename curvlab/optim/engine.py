@@ -184,7 +184,7 @@ def step(self: CurvatureOptimizer, closure: Callable[[], Tensor] | None = None) 
         if self.closure is not None and self.finite is not None:
             self.closure.undo_buffers(unless=self.finite)
         return loss
-    except NonFiniteError:
+    except Exception:
         if self.closure is not None:
             self.closure.undo_buffers()
         raise
