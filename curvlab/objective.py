@@ -138,6 +138,7 @@ class Evaluation:
     share: float | Tensor
     likelihood: Likelihood | None
     size: int
+    cost: Cost | None = None
 
     @property
     def weight(self) -> float | Tensor:
@@ -151,7 +152,9 @@ class Evaluation:
             yield (self.share * c).to(self.outputs.dtype)
 
     def pull_back(self, cotangent: Tensor, edges: Sequence[Any]) -> tuple[Tensor | None, ...]:
-        "`J^T c` to the given tensors or gradient edges; keeps the graph."
+        "`J^T c` to the given tensors or gradient edges; keeps the graph. Counted as a backward pass."
+        if self.cost is not None:
+            self.cost.backward += len(self.targets)
         return torch.autograd.grad(self.outputs, list(edges), cotangent, retain_graph=True, allow_unused=True)
 
 # %% ../nbs/objective.ipynb #7e3ad036
@@ -299,7 +302,8 @@ def _context(self: Closure, second_order: bool) -> contextlib.ExitStack:
     stack = contextlib.ExitStack()
     if self._autocast is not None:
         device, dtype, enabled = self._autocast
-        stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+        # no cache: it would keep serving the casts of old parameters to a line search that moves them
+        stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
     if second_order:
         stack.enter_context(_differentiable_twice(self.objective.model))
     return stack
@@ -331,7 +335,7 @@ def _forward(self: Closure, part: int, share: float | Tensor, inner: bool) -> tu
     if o.average == "examples":
         loss = loss / len(y)
     o.cost.forward += len(y)
-    return Evaluation(outputs, y, share, o.likelihood, self.size), share * loss
+    return Evaluation(outputs, y, share, o.likelihood, self.size, o.cost), share * loss
 
 
 Closure._split, Closure._context, Closure._replay, Closure._forward = _split, _context, _replay, _forward
