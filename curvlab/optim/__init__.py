@@ -6,6 +6,7 @@ METHODS = {
     "KFAC": "kfac",
     "Shampoo": "shampoo",
     "AdaHessian": "adahessian",
+    "HessianFree": "hessian_free",
     "Vadam": "bayes", "VOGN": "bayes", "Vprop": "bayes", "VadaGrad": "bayes",
 }
 RULES = {"Armijo": "step_rules", "Polyak": "step_rules", "QuadraticModel": "step_rules"}
