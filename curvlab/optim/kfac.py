@@ -92,6 +92,7 @@ class KFAC(CurvatureOptimizer):
 
 # %% ../../nbs/optim/kfac.ipynb #b4246d27
 def observers(self: KFAC) -> list[LayerCapture]:
+    self.closure.require_likelihood("K-FAC")
     self._sums: dict[str, FactorSums] = {}
     self._uses: dict[str, int] = {}
     return [LayerCapture(self.blocks, self.curvature, self._collect, self.generator)]
