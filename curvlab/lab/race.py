@@ -25,7 +25,8 @@ from .train import Budget, Recipe, Records, parse, resolve
 from .tune import Grid, Method, Tuned, tune
 
 # %% auto #0
-__all__ = ['CENTRES', 'split_names', 'entry', 'is_ours', 'show', 'for_json', 'drawn', 'summary', 'Outcome', 'record', 'race']
+__all__ = ['CENTRES', 'SEARCHED', 'split_names', 'entry', 'is_ours', 'show', 'for_json', 'drawn', 'summary', 'Outcome', 'record',
+           'race']
 
 # %% ../../nbs/lab/race.ipynb #15bdc594
 def split_names(text: str) -> list[str]:
@@ -45,18 +46,22 @@ def split_names(text: str) -> list[str]:
 
 # %% ../../nbs/lab/race.ipynb #8876e816
 CENTRES = {"SGD": 0.1, "ASGD": 0.1, "Adagrad": 0.03, "Adadelta": 1.0, "RMSprop": 1e-3, "LBFGS": 1.0}   # where torch's default is no good centre
+SEARCHED = {"KFAC": ("kl_clip", Grid(1e-3, spacing=1.0)), "HessianFree": ("damping", Grid(1.0, spacing=1.0))}
 
 
 def entry(text: str) -> Method:
-    "A competitor from its text, with a search for `lr` unless `lr` or `step_rule` is given or the optimizer has no `lr`. Raises `ValueError` for an unknown name."
+    "A competitor from its text, with a search unless its step is given or it has no `lr`. Raises `ValueError` for an unknown name."
     recipe = parse(text)
     parameters = inspect.signature(resolve(recipe.name)).parameters
-    given = {"lr", "step_rule"} & recipe.options.keys()
-    default = parameters["lr"].default if "lr" in parameters else None
     last = recipe.name.rpartition(".")[2]
+    default = parameters["lr"].default if "lr" in parameters else None
     centre = CENTRES.get(last, float(default) if isinstance(default, (int, float)) else 0.01)
-    label = text.strip().removeprefix("torch.optim.") if text.strip().startswith("torch.optim.") and not is_ours(last) else text.strip()
-    return Method(label, recipe, {} if given or "lr" not in parameters else {"lr": Grid(centre)})
+    option, grid = SEARCHED.get(recipe.name, ("lr", Grid(centre)))
+    given = option not in parameters or {"lr", "step_rule", option} & recipe.options.keys()
+    label = text.strip()
+    if label.startswith("torch.optim.") and not is_ours(last):
+        label = label.removeprefix("torch.optim.")
+    return Method(label, recipe, {} if given else {option: grid})
 
 
 def is_ours(name: str) -> bool:
@@ -134,11 +139,11 @@ class Outcome:
 
     def figure(self):
         "Loss against steps and against seconds, a band over seeds."
-        fig, axes = figure(1, 2, height=3.0, sharey=True)
+        fig, axes = figure(1, 2, height=3.4, sharey=True)
         for ax, x in zip(axes, ("step", "seconds")):
-            curves(ax, self.tuned.runs, x=x)
+            curves(ax, self.tuned.runs, x=x).get_legend().remove()
         axes[1].set_ylabel("")
-        axes[1].get_legend().remove()
+        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
         fig.suptitle(f"{self.task.name}: {self.rows()[0]['method']} ends lowest after {self.budget}", fontsize=11)
         return fig
 
@@ -173,7 +178,7 @@ def race(task: Problem | str, optimizers: Sequence[str] | str, budget: Budget | 
         optimizers: names of `curvlab.optim`, or full paths such as `torch.optim.AdamW`, with options in brackets if you like: `KFAC(lr=0.1)`. One text with commas, or a list.
         budget: length of a run: `"200 steps"`, `"8 epochs"`, `"500 gradients"` or `"30 s"`; default: the problem's steps.
         seeds: number of fresh seeds. out: folder for `race.png` and `race.json`.
-        size, device: of a named problem. trials: learning rates tried first, for every optimizer whose `lr` is not given.
+        size, device: of a named problem. trials: step sizes tried first, for every optimizer whose step is not given.
         n_jobs: parallel processes (budgets in seconds need 1). progress: show a bar.
 
     Raises `ValueError` for unknown names and options, before anything is run. Computes on one thread.
