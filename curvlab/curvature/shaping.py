@@ -74,7 +74,7 @@ def mode_product(stack: Tensor, matrices: Tensor, mode: int) -> Tensor:
 # %% ../../nbs/curvature/shaping.ipynb #35c46117
 @dataclass(frozen=True)
 class Blocks:
-    """How tensors of one shape are merged and cut.
+    """How tensors of one shape are merged and cut; made by `blocks`.
 
     Args:
         shape: of the tensor.
@@ -92,18 +92,25 @@ class Blocks:
         return len(self.merged)
 
     @property
+    def whole(self) -> bool:
+        "Whether the tensor is a single block."
+        return all(len(runs) == 1 and runs[0][1] == 1 for runs in self.pieces)
+
+    @property
     def kinds(self) -> list[tuple[tuple[int, int, int], ...]]:
         "The kinds of blocks: one run for each mode."
         return list(itertools.product(*self.pieces))
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         "One stack `(K, n_1, ..., n_k)` for each kind of block."
+        if self.whole:
+            return [tensor.reshape(1, *self.merged)]
         x = tensor.reshape(self.merged)
         return [_corner(x, kind).flatten(0, self.order - 1) for kind in self.kinds]
 
     def join(self, stacks: Sequence[Tensor]) -> Tensor:
         "The tensor that `split` took apart."
-        if len(stacks) == 1 and stacks[0].shape[0] == 1:
+        if self.whole:
             return stacks[0].reshape(self.shape)
         out = stacks[0].new_empty(self.merged)
         for stack, kind in zip(stacks, self.kinds):

@@ -137,7 +137,9 @@ def accumulate(self: Shampoo, group: dict[str, Any], params: list[Tensor], grads
         state = self.state[p]
         state["observed"] = state.get("observed", 0) + 1
         for name, gram in side_grams(shaped(p, group), g, group["max_dim"]):
-            old.append(state.setdefault(name, torch.zeros_like(gram)))
+            if name not in state:
+                state[name] = torch.zeros_like(gram)
+            old.append(state[name])
             new.append(gram)
     if group["decay"] is None:
         torch._foreach_add_(old, new)
