@@ -143,6 +143,9 @@ class Outcome:
         for ax, x in zip(axes, ("step", "seconds")):
             curves(ax, self.tuned.runs, x=x).get_legend().remove()
         axes[1].set_ylabel("")
+        ends = [run["seconds"][-1] for runs in self.tuned.runs.values() for run in runs]
+        if max(ends) > 5 * min(ends):
+            axes[1].set_xscale("log")   # else the quick ones would be squeezed into a corner
         fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
         fig.suptitle(f"{self.task.name}: {self.rows()[0]['method']} ends lowest after {self.budget}", fontsize=11)
         return fig
