@@ -45,5 +45,5 @@ def pytest_sessionfinish(session):
     methods = list(dict.fromkeys(m for row in rows.values() for m in row["methods"]))
     sign = {"works": "✓", "refuses": "clear error", "fails": "✗"}
     lines = ["| check | " + " | ".join(methods) + " |", "| --- |" + " :-: |" * len(methods)]
-    lines += [f"| {row['says'].rstrip('.')} | " + " | ".join(sign.get(row["methods"].get(m), "–") for m in methods) + " |" for row in rows.values()]
+    lines += [f"| {row['says'].rstrip('.')} | " + " | ".join(sign.get(row["methods"].get(m, "–"), row["methods"].get(m, "–")) for m in methods) + " |" for row in rows.values()]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -2,10 +2,12 @@
 
 Fake tensors have shape, dtype and device but no data. On the device `lazy:0`, which every torch build can differentiate on and which
 is not the CPU, a training step runs as it would on a GPU, and whatever needs a value on the host (`.item()`, a Python branch, a boolean
-index) raises; what silently copies between host and device, or draws from a generator of the wrong device, is recorded here.
+index) raises, except in functions that are allowed to read a number (they get a one); what silently copies between host and device, or draws
+from a generator of the wrong device, is recorded here.
 Not seen: waits inside kernels (the error check of `cholesky`; use the `_ex` variants), and branches on `is_cuda`.
 """
 import contextlib
+import linecache
 import traceback
 from unittest import mock
 
@@ -17,19 +19,20 @@ DEVICE = torch.device("lazy:0")
 
 
 def culprit():
-    """The innermost line outside torch and outside this file."""
-    for frame in reversed(traceback.extract_stack()):
-        if "/torch/" not in frame.filename and frame.filename != __file__:
-            return f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno} `{frame.line}`"
-    return "unknown place"
+    """Function and text of the innermost line outside torch and outside this file."""
+    for frame, line in traceback.walk_stack(None):
+        code = frame.f_code
+        if "/torch/" not in code.co_filename and code.co_filename != __file__:
+            return code.co_name, f"{code.co_filename.rsplit('/', 1)[-1]}:{line} `{linecache.getline(code.co_filename, line).strip()}`"
+    return "", "unknown place"
 
 
 class Watch(TorchDispatchMode):
-    """Records the copies between host and device made while it is active."""
+    """Records the copies between host and device made while it is active; `readers` name the functions that may read a number."""
 
-    def __init__(self):
+    def __init__(self, readers):
         super().__init__()
-        self.found = []
+        self.found, self.readers = [], readers
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -38,7 +41,9 @@ class Watch(TorchDispatchMode):
         if name == "_to_copy" and kwargs.get("device") is not None:
             places.add(torch.device(kwargs["device"]).type)
         if name in ("_to_copy", "copy_") and len(places) > 1:
-            self.found.append(f"copy between {' and '.join(sorted(places))} at {culprit()}")
+            self.found.append(f"copy between {' and '.join(sorted(places))} at {culprit()[1]}")
+        if name == "_local_scalar_dense" and culprit()[0] in self.readers:
+            return True if args[0].dtype == torch.bool else 1.0
         return func(*args, **kwargs)
 
 
@@ -50,7 +55,7 @@ class OneDevice:
 
     def __call__(self, device="cpu"):
         if torch.device(device).type != DEVICE.type:
-            self.watch.found.append(f"a generator on {device} at {culprit()}")
+            self.watch.found.append(f"a generator on {device} at {culprit()[1]}")
         return self.real()
 
 
@@ -62,9 +67,9 @@ def fake_device():
 
 
 @contextlib.contextmanager
-def no_host_reads():
-    """Fails when something inside reads from the device, copies between devices or mixes them."""
-    watch = Watch()
+def no_host_reads(readers=()):
+    """Fails when something inside, other than the functions named `readers`, reads from the device, copies between devices or mixes them."""
+    watch = Watch(readers)
     # under `with DEVICE` the default device would hide a tensor made on the CPU by mistake
     with torch.device("cpu"), mock.patch("torch.Generator", OneDevice(watch)), watch:
         yield

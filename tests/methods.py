@@ -17,8 +17,10 @@ PER_EXAMPLE = {"VOGN"}
 # Methods whose loss is the one at perturbed weights, and how to switch that off.
 UNPERTURBED = {name: {"temperature": 0.0} for name in ("Vadam", "VOGN", "Vprop", "VadaGrad")}
 
-# Methods whose algorithm decides on the host, with the reason; all others read nothing from the device in a step.
-HOST_DECISIONS: dict[str, str] = {}
+# Functions that may read from the device in a step, because the algorithm decides there. Hessian-free: conjugate gradients stop when the model
+# stops falling, backtracking and line search compare losses, and the damping follows from one of them.
+HOST_DECISIONS = {"HessianFree": {"cg", "loss_at", "solve"}}
+SHORT = {"HessianFree": {"max_iter": 3}}  # where such decisions are made up
 
 # Methods that train some kinds of parameter by the engine's fallback and must say so.
 LAYERWISE = {"KFAC"}
