@@ -26,7 +26,7 @@ from .tune import Grid, Method, Tuned, tune
 
 # %% auto #0
 __all__ = ['CENTRES', 'SEARCHED', 'split_names', 'entry', 'is_ours', 'show', 'for_json', 'drawn', 'summary', 'Outcome', 'record',
-           'race']
+           'save', 'race']
 
 # %% ../../nbs/lab/race.ipynb #15bdc594
 def split_names(text: str) -> list[str]:
@@ -109,7 +109,7 @@ def summary(label: str, tuned: Tuned, task: Problem, target: float) -> dict[str,
 # %% ../../nbs/lab/race.ipynb #7837664b
 @dataclass(frozen=True)
 class Outcome:
-    "Result of a race: the problem, the budget and what `tune` found; see `rows`, `table`, `figure`, `save`."
+    "Result of a race: the problem, the budget and what `tune` found; see `rows`, `table`, `figure`."
 
     task: Problem
     budget: Budget
@@ -150,19 +150,7 @@ class Outcome:
         fig.suptitle(f"{self.task.name}: {self.rows()[0]['method']} ends lowest after {self.budget}", fontsize=11)
         return fig
 
-    def save(self, out: str | Path) -> list[Path]:
-        "Write `race.png` and `race.json` (see `record`) into the folder `out`, made if missing; returns the two paths."
-        folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
-        drawing, paths = self.figure(), [folder / "race.png", folder / "race.json"]
-        for path, write in zip(paths, (lambda p: drawing.savefig(p, format="png"), lambda p: p.write_text(json.dumps(record(self), indent=1, default=str)))):
-            scratch = path.with_name(f".{path.name}.{os.getpid()}")
-            write(scratch)
-            os.replace(scratch, path)
-        plt.close(drawing)
-        return paths
-
-
+# %% ../../nbs/lab/race.ipynb #869fc101
 def record(outcome: Outcome) -> dict[str, Any]:
     "Everything of a race that is worth keeping, ready for JSON; infinite numbers are null."
     tuned, task = outcome.tuned, outcome.task
@@ -170,6 +158,19 @@ def record(outcome: Outcome) -> dict[str, Any]:
     trials = [{"method": t.label, "options": t.options, "loss": t.value, "round": t.round} for t in tuned.log]
     options = {k: str(v) for k, v in (task.options or {}).items()}
     return for_json({"problem": task.name, "options": options, "budget": str(outcome.budget), "target": outcome.target, "table": outcome.rows(), "runs": runs, "trials": trials})
+
+
+def save(outcome: Outcome, out: str | Path) -> list[Path]:
+    "Write `race.png` and `race.json` (see `record`) into the folder `out`, made if missing; returns the two paths."
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    drawing, paths = outcome.figure(), [folder / "race.png", folder / "race.json"]
+    for path, write in zip(paths, (lambda p: drawing.savefig(p, format="png"), lambda p: p.write_text(json.dumps(record(outcome), indent=1, default=str)))):
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        write(scratch)
+        os.replace(scratch, path)
+    plt.close(drawing)
+    return paths
 
 # %% ../../nbs/lab/race.ipynb #73a0380d
 def race(task: Problem | str, optimizers: Sequence[str] | str, budget: Budget | int | str | None = None, seeds: int = 3, out: str | Path | None = None, *, size: str = "smoke", device: str = "cpu",
@@ -205,5 +206,5 @@ def race(task: Problem | str, optimizers: Sequence[str] | str, budget: Budget | 
     finally:
         torch.set_num_threads(threads)
     if out is not None:
-        outcome.save(out)
+        save(outcome, out)
     return outcome
