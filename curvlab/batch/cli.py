@@ -150,7 +150,7 @@ def progress(screen):
                 bar.update(task, description=", ".join(data))
             else:
                 bar.advance(task)
-                bar.console.print(outcome_line(data))
+                bar.console.print(outcome_line(data), soft_wrap=True)
         yield on_event
 
 # %% ../../nbs/batch/cli.ipynb #06952ffc

@@ -86,13 +86,13 @@ def badge(verdict, expected):
     return f'<span class="badge {kind}">{MARKS[verdict]} {escape(describe(verdict, expected))}</span>'
 
 
-def claim_card(id, claim, says):
-    "HTML of one judged claim with the statement `says`."
+def claim_card(id, claim, says, meanings):
+    "HTML of one judged claim with the statement `says` and the `meanings` {measure: words} of what is only reported."
     rows = "".join(f'<tr class="{"ok" if r["ok"] else "missed"}"><td>{escape(r["meaning"])}{" <em>control</em>" if r["control"] else ""}</td>'
                    f'<td class="number">{shown(r["value"])}</td><td><code>{escape(r["criterion"])}</code></td></tr>' for r in claim["rows"])
     reported = [name for name in claim["values"] if name not in {r["measure"] for r in claim["rows"]}]
     notes = "".join(f"<li>{escape(reason)}</li>" for reason in claim["reasons"])
-    extra = "".join(f"<li>reported: <code>{escape(n)}</code> = {', '.join(map(shown, claim['values'][n]))}</li>" for n in reported)
+    extra = "".join(f"<li>reported: {escape(meanings.get(n, n))}: {', '.join(map(shown, claim['values'][n]))}</li>" for n in reported)
     table = f'<div class="scroll"><table><thead><tr><th>quantity</th><th>measured</th><th>criterion</th></tr></thead><tbody>{rows}</tbody></table></div>' if rows else ""
     return (f'<article class="claim"><h3>{badge(claim["verdict"], claim["expected"])} {escape(id.split("/")[1].replace("-", " "))} <small>{claim["kind"]}</small></h3>'
             f'<p>{escape(says)}</p>{table}{f"<ul>{notes}{extra}</ul>" if notes or extra else ""}</article>')
@@ -111,8 +111,8 @@ def costs_table(account):
 def paper_section(folder, result):
     "HTML of one finished run: question, claims, figures, costs, provenance."
     paper = load_paper(result["paper"])
-    says = {c.id: c.says for c in paper.claims}
-    cards = "".join(claim_card(id, claim, says.get(id, "")) for id, claim in result["claims"].items())
+    known = {c.id: (c.says, dict(c.reported)) for c in paper.claims}
+    cards = "".join(claim_card(id, claim, *known.get(id, ("", {}))) for id, claim in result["claims"].items())
     pictures = "".join(f'<figure{" class=wide" if is_wide(uri) else ""}><a href="{uri}" target="_blank"><img alt="{escape(heading)}" src="{uri}"></a><figcaption>{escape(heading)}</figcaption></figure>' for heading, uri in figures(Path(folder) / "notebook.ipynb"))
     made = [f"size {result['size']}", f"seed {result['seed']}", result["device"], f"{result['seconds']:.0f} s", result["started"], f"commit {result['commit'] or 'unknown'}"]
     made += [f"{name} {version}" for name, version in result["versions"].items() if name in ("python", "torch", "numpy", "curvlab")]
@@ -138,7 +138,7 @@ section { border-top: 1px solid var(--line); padding: 2.2rem 0 1.2rem; } .author
 .holds { color: var(--holds); } .fails { color: var(--fails); } .inconclusive { color: var(--inconclusive); } .not-run { color: var(--not-run); } .expected { color: var(--expected); }
 table { border-collapse: collapse; font-size: .92rem; } th, td { text-align: left; padding: .25rem 1rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 600; } .number { font-variant-numeric: tabular-nums; text-align: right; white-space: nowrap; } .missed .number { color: var(--fails); font-weight: 600; }
-.scroll { overflow-x: auto; } code { font: .88em ui-monospace, "Cascadia Code", Menlo, monospace; } a { color: var(--link); }
+.scroll { overflow-x: auto; } code { font: .88em ui-monospace, "Cascadia Code", Menlo, monospace; } a { color: var(--link); } td code { white-space: nowrap; }
 .overview td:first-child { min-width: 15rem; } .overview .badge { margin: .1rem .25rem .1rem 0; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem; margin: 1.2rem 0; }
 figure { margin: 0; } .wide { grid-column: 1 / -1; } .figures img { width: 100%; border: 1px solid var(--line); border-radius: 8px; } figcaption { margin-top: .2rem; }
