@@ -249,8 +249,13 @@ def _pieces(x: Any, chunk: int) -> list[Any]:
     return list(zip(*(_pieces(v, chunk) for v in x)))
 
 
-def _length(x: Any) -> int:
-    return len(x) if isinstance(x, Tensor) else _length(next(iter(x.values() if isinstance(x, dict) else x)))
+def _lengths(x: Any) -> set[int]:
+    "Sizes of the first dimension of all tensors in `x`."
+    if isinstance(x, Tensor):
+        return {len(x)}
+    if not isinstance(x, (tuple, list, dict)):
+        raise TypeError(f"x holds a {type(x).__name__}; give a tensor, or a tuple or dict of tensors")
+    return set().union(*(_lengths(v) for v in (x.values() if isinstance(x, dict) else x)))
 
 # %% ../nbs/objective.ipynb #6923a44a
 class Closure:
@@ -261,15 +266,15 @@ class Closure:
 
     def __init__(self, objective: Objective, x: Any, y: Tensor, chunk: int | None = None):
         n = len(y)
-        if _length(x) != n or n == 0:
-            raise ValueError(f"x has {_length(x)} examples and y has {n}; both need the same, positive number")
+        if _lengths(x) != {n} or n == 0:
+            raise ValueError(f"x has {', '.join(map(str, sorted(_lengths(x))))} examples and y has {n}; all tensors need the same, positive number")
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk={chunk} is not a positive number of examples; use None for the whole batch at once")
         self.objective, self.size = objective, n
         self.params = objective.params
         self.loss: Tensor | None = None
         self.parts = [(x, y)] if chunk is None or chunk >= n else list(zip(_pieces(x, chunk), y.split(chunk)))
-        self.shares = [1.0] if len(self.parts) == 1 else self._split()
+        self.shares, self._counted = ([1.0], [y]) if len(self.parts) == 1 else self._split()
         self._frozen: dict[int, _Frozen] = {}
         self._trained = False  # whether a training evaluation has moved the buffers
         self._buffers: list[tuple[Tensor, Tensor]] = []  # buffers of training modules and their values before it
@@ -283,18 +288,18 @@ class Closure:
         return self.evaluate() if backward else self._value()
 
 # %% ../nbs/objective.ipynb #9e60c9e8
-def _split(self: Closure) -> list[float | Tensor]:
-    "Weight of each part's own loss in the loss of the batch; parts without a counted term are made harmless."
+def _split(self: Closure) -> tuple[list[float | Tensor], list[Tensor]]:
+    "Weight of each part's own loss in the loss of the batch, and its targets; without a counted term they are replaced by ones that do no harm."
+    targets = [y for _, y in self.parts]
     if self.objective.average == "sum":
-        return [1.0] * len(self.parts)
+        return [1.0] * len(targets), targets
     ignored = getattr(self.objective.loss, "ignore_index", None)
-    if self.objective.average != "mean" or ignored is None or self.parts[0][1].is_floating_point():
-        return [len(y) / self.size for _, y in self.parts]
+    if self.objective.average != "mean" or ignored is None or targets[0].is_floating_point():
+        return [len(y) / self.size for y in targets], targets
     weight = getattr(self.objective.loss, "weight", None)
-    counts = [(y != ignored).double() if weight is None else (y != ignored) * weight.double()[y.clamp(min=0)] for _, y in self.parts]
+    counts = [(y != ignored).double() if weight is None else (y != ignored) * weight.double()[y.clamp(min=0)] for y in targets]
     counts = [c.sum() for c in counts]
-    self.parts = [(x, torch.where(c > 0, y, 0)) for c, (x, y) in zip(counts, self.parts)]
-    return [c / sum(counts) for c in counts]
+    return [c / sum(counts) for c in counts], [torch.where(c > 0, y, 0) for c, y in zip(counts, targets)]
 
 
 def _context(self: Closure, second_order: bool) -> contextlib.ExitStack:
@@ -323,8 +328,7 @@ def _replay(self: Closure, part: int, move_buffers: bool) -> contextlib.ExitStac
 
 def _forward(self: Closure, part: int, share: float | Tensor, inner: bool) -> tuple[Evaluation, Tensor]:
     "Run the model on one part: its evaluation and its share of the loss."
-    x, y = self.parts[part]
-    o = self.objective
+    x, y, o = self.parts[part][0], self._counted[part], self.objective
     model = bare(o.model) if inner else o.model
     outputs = model(x) if isinstance(x, Tensor) else model(**x) if isinstance(x, dict) else model(*x)
     if not isinstance(outputs, Tensor):
@@ -518,7 +522,10 @@ def _example_loss(self: Closure, call: Callable[..., Tensor], x: Any, y: Tensor)
     outputs = call(add(x)) if isinstance(x, Tensor) else call(**{k: add(v) for k, v in x.items()}) if isinstance(x, dict) else call(*map(add, x))
     outputs = outputs.movedim(o.class_dim, 1) if o.class_dim != 1 else outputs
     ignored, lik = getattr(o.loss, "ignore_index", None), o.likelihood
-    counted = y if ignored is None or y.is_floating_point() else torch.where((y == ignored).all(), 0, y)  # 0/0 otherwise; its weight is zero
+    if o.average == "mean" and ignored is not None and not y.is_floating_point():
+        counted = torch.where((y == ignored).all(), 0, y)  # the mean of nothing is 0/0; its weight below is zero
+    else:
+        counted = y
     loss = o.loss(outputs, add(counted))
     if o.average == "sum":
         return loss * self.size

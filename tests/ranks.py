@@ -54,3 +54,23 @@ def main(rank, world, folder):
             results[method] = {"error": traceback.format_exc()}
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def quantities(problem, model=None):
+    """Loss, gradient and curvature products of a problem, each as one vector."""
+    closure = problem.objective(model).at(problem.x, problem.y)
+    probe = [torch.linspace(-1, 1, p.numel(), dtype=p.dtype).view_as(p) for p in closure.params]
+    flat = lambda tensors: torch.cat([t.detach().flatten() for t in tensors])
+    loss = closure().reshape(1)
+    gradient = flat(p.grad for p in closure.params)
+    value = closure(backward=False).reshape(1)
+    return {"loss": loss, "value": value, "gradient": gradient, "hvp": flat(closure.hvp(probe)), "ggnvp": flat(closure.ggnvp(probe)), "batched": flat(closure.ggnvp([torch.stack([v, -v]) for v in probe], batched=True))}
+
+
+def objective_main(rank, world, folder):
+    """What `quantities` are on this rank's share."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    problem = own_share(joint_problem(), rank, world)
+    torch.save(quantities(problem, DistributedDataParallel(problem.model)), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()

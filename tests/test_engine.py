@@ -30,7 +30,7 @@ def plain_steps(optimizer, problem, steps=STEPS):
 # Torch as reference
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(lr=st.floats(1e-3, 0.5), momentum=st.sampled_from([0.0, 0.5, 0.9]), nesterov=st.booleans(), decay=st.sampled_from([0.0, 0.1]), maximize=st.booleans())
 def test_sgd_is_torch_sgd(lr, momentum, nesterov, decay, maximize):
     arguments = dict(lr=lr, momentum=momentum, weight_decay=decay, nesterov=nesterov and momentum > 0, maximize=maximize)
@@ -71,7 +71,7 @@ def test_params_as_torch_takes_them():
 # Scaling
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(kl=st.floats(1e-6, 10), norm=st.floats(1e-4, 10), lr=st.floats(0.01, 2))
 def test_bounds_hold_together(kl, norm, lr):
     """The step keeps both bounds, is never longer than without them, and reaches the tighter one when it binds."""
