@@ -29,7 +29,10 @@ def own_share(problem, rank, world):
 
 def sharded_error(method):
     """The error of building the method over FSDP2 parameters."""
-    from torch.distributed.fsdp import fully_shard
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError:  # before torch 2.6
+        from torch.distributed._composable.fsdp import fully_shard
 
     model = joint_problem().model
     fully_shard(model)
