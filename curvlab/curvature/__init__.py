@@ -5,6 +5,9 @@ HOMES = {
     "roots": ["power", "inverse_root", "newton_inverse_root", "root_residual", "eigendecomposition", "grouped"],
     "solvers": ["cg", "CGResult", "lanczos", "LanczosResult"],
     "operators": ["Operator", "Hessian", "GGN", "Fisher", "Identity", "hutchinson_diagonal", "hutchinson_trace"],
+    "structured": ["Dense", "Diagonal", "Kronecker", "KroneckerEigen", "KroneckerDifference", "BlockTridiagonal"],
+    "capture": ["LayerCapture", "layer_blocks"],
+    "shaping": ["blocks", "merge_dims", "unfold", "fold"],
 }
 
 __all__ = [name for names in HOMES.values() for name in names]
