@@ -55,7 +55,7 @@ def status(outcomes):
 # --- kill -9 ---------------------------------------------------------------------------------------------------------
 
 def test_killed_batch_resumes_where_it_stopped(toys):
-    papers = [toys.add("quick-1"), toys.add("quick-2"), toys.add("slow", "import time; time.sleep(5)"), toys.add("last")]
+    papers = [toys.add("quick-1"), toys.add("quick-2"), toys.add("slow", "import time; time.sleep(60)"), toys.add("last")]
     process = start(toys, *papers)
     until(lambda: toys.executions("slow") == 1)
     process.send_signal(signal.SIGKILL)
@@ -63,7 +63,7 @@ def test_killed_batch_resumes_where_it_stopped(toys):
     before = {result["paper"]: (folder, (folder / "claims.json").read_bytes()) for folder, result in finished_runs(toys.out)}
     assert set(before) == {"quick-1", "quick-2"}
     until(lambda: not survivors(toys), 15)                                       # child and kernel noticed the death of their parent
-    (toys.notebooks / "slow.ipynb").write_text((toys.notebooks / "slow.ipynb").read_text().replace("sleep(5)", "sleep(0)"))
+    (toys.notebooks / "slow.ipynb").write_text((toys.notebooks / "slow.ipynb").read_text().replace("sleep(60)", "sleep(0)"))
     assert status(run_batch(papers, out=toys.out)) == {"quick-1": "cached", "quick-2": "cached", "slow": "finished", "last": "finished"}
     assert [toys.executions(p) for p in papers] == [1, 1, 2, 1]
     for folder, content in before.values():
@@ -93,7 +93,7 @@ def test_interrupt_leaves_no_process_and_keeps_results(toys):
 
 def test_faulty_notebooks_do_not_stop_the_rest(toys):
     papers = [toys.add("raises", "1 / 0"), toys.add("leaves", "import sys; sys.exit(0)"), toys.add("dies", "import os; os._exit(3)"),
-              toys.add("hangs", "while True: pass"), toys.add("good")]
+              toys.add("hangs", "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)'])\nwhile True: pass"), toys.add("good")]
     outcomes = {o.paper: o for o in run_batch(papers, out=toys.out, timeout=15)}
     assert status(outcomes.values()) == {"raises": "failed", "leaves": "failed", "dies": "failed", "hangs": "timed out", "good": "finished"}
     assert "ZeroDivisionError" in outcomes["raises"].message
