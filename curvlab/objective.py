@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -84,6 +85,8 @@ def _differentiable_twice(model: nn.Module) -> contextlib.ExitStack:
     stack = contextlib.ExitStack()
     stack.enter_context(_MathAttention())
     if any(isinstance(m, nn.RNNBase) for m in model.modules()):
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="TF32 acceleration")  # said by the next line on every CPU
         stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
         stack.enter_context(torch.backends.cudnn.flags(enabled=False))
     if hasattr(torch.compiler, "set_stance"):  # torch >= 2.6
@@ -356,7 +359,7 @@ def evaluate(self: Closure, observers: Sequence[Any] = (), second_order: bool = 
 
     Returns: the detached loss, averaged over ranks where the model is data-parallel.
     """
-    self.release()
+    self._graph = None
     for p in bare(self.objective.model).parameters():  # a layer that has just been frozen must not keep its last gradient
         p.grad = None
     if not self._trained:
@@ -376,9 +379,13 @@ def undo_buffers(self: Closure, unless: Tensor | bool = False) -> None:
     with torch.no_grad():
         for b, before in self._buffers:
             b.copy_(torch.where(unless, b, before) if isinstance(unless, Tensor) else before)
-    self._trained = self._trained and isinstance(unless, Tensor)
+    if self._buffers and not isinstance(unless, Tensor):
+        self._trained = False
 
 
+Closure.evaluate, Closure.undo_buffers = evaluate, undo_buffers
+
+# %% ../nbs/objective.ipynb #a336af05
 def _train(self: Closure, observers: Sequence[Any], second_order: bool, keep_graph: bool) -> Tensor:
     "Forward and backward passes of all parts; the loss of the batch."
     keep = len(self.parts) == 1 and (second_order or keep_graph)
@@ -419,9 +426,9 @@ def _backward(self: Closure, evaluation: Evaluation, loss: Tensor, observers: Se
         self._graph = self._key(), _Graph(evaluation, loss, self.params, own if second_order else None)
 
 
-Closure.evaluate, Closure.undo_buffers, Closure._train, Closure._backward = evaluate, undo_buffers, _train, _backward
+Closure._train, Closure._backward = _train, _backward
 
-# %% ../nbs/objective.ipynb #a336af05
+# %% ../nbs/objective.ipynb #68649f03
 def _value(self: Closure) -> Tensor:
     "The loss alone, without a graph."
     total = 0.0
@@ -443,8 +450,8 @@ def mean_(self: Closure, tensors: list[Tensor]) -> list[Tensor]:
 
 
 def release(self: Closure) -> None:
-    "Drop the graph that was kept for curvature products."
-    self._graph = None
+    "The step is over: drop the graph that was kept for curvature products, and the way back to the buffers before it."
+    self._graph, self._buffers = None, []
 
 
 Closure._value, Closure.mean_, Closure.release = _value, mean_, release

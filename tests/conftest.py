@@ -5,20 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from methods import METHODS
 
 torch.set_num_threads(1)
-# the same examples in every run of the gate; look for new ones with --hypothesis-profile=default
+# the same examples in every run of the gate; look for new ones with --hypothesis-profile=search
 settings.register_profile("gate", derandomize=True, deadline=None)
+settings.register_profile("search", deadline=None, max_examples=300)
 settings.load_profile("gate")
-MATRIX = pytest.StashKey[dict]()
+MATRIX: dict[str, dict] = {}  # check -> what it says, and the result of each method
 
 
 def pytest_addoption(parser):
-    parser.addoption("--acceptance-matrix", metavar="PATH", help="write methods x checks of the acceptance tests: JSON, and a Markdown table beside it")
-
-
-def pytest_configure(config):
-    config.stash[MATRIX] = {}
+    parser.addoption("--acceptance-matrix", metavar="PATH", help="write methods x checks of the acceptance tests, as JSON or (other suffixes) as a Markdown table")
 
 
 @pytest.fixture
@@ -31,23 +29,37 @@ def refuses(record_property):
 def pytest_runtest_makereport(item, call):
     report = yield
     if item.path.name == "test_acceptance.py" and "method" in getattr(getattr(item, "callspec", None), "params", {}):
-        row = item.config.stash[MATRIX].setdefault(item.originalname.removeprefix("test_"), {"says": (item.function.__doc__ or "").strip().splitlines()[0], "methods": {}})
-        method = item.callspec.params["method"]
-        if report.failed:
-            row["methods"][method] = "fails"
-        elif report.when == "call" and report.passed:
-            row["methods"][method] = dict(report.user_properties).get("acceptance", "works")
+        says = (item.function.__doc__ or "").strip().splitlines()[0]
+        report.user_properties.append(("matrix", [item.originalname.removeprefix("test_"), says, item.callspec.params["method"]]))
     return report
 
 
+def pytest_runtest_logreport(report):
+    notes = dict(report.user_properties)
+    if "matrix" in notes and (report.failed or report.when == "call"):
+        check, says, method = notes["matrix"]
+        methods = MATRIX.setdefault(check, {"says": says, "methods": {}})["methods"]
+        if methods.get(method) != "fails":  # one bad case of several decides
+            methods[method] = "fails" if report.failed else notes.get("acceptance", "works")
+
+
 def pytest_sessionfinish(session):
-    target, rows = session.config.getoption("--acceptance-matrix"), session.config.stash[MATRIX]
-    if not target or not rows:
+    target, rows = session.config.getoption("--acceptance-matrix"), MATRIX
+    if not target or not rows or hasattr(session.config, "workerinput"):
         return
     path = Path(target)
-    path.write_text(json.dumps({"torch": torch.__version__.split("+")[0], "checks": rows}, indent=1) + "\n", encoding="utf-8")
-    methods = list(dict.fromkeys(m for row in rows.values() for m in row["methods"]))
+    if path.suffix == ".json":
+        path.write_text(json.dumps({"torch": torch.__version__.split("+")[0], "checks": rows}, indent=1) + "\n", encoding="utf-8")
+    else:
+        path.write_text(table(rows), encoding="utf-8")
+
+
+def table(rows):
+    """The matrix in Markdown."""
+    methods = sorted({m for row in rows.values() for m in row["methods"]}, key=METHODS.index)
     sign = {"works": "✓", "refuses": "clear error", "fails": "✗"}
     lines = ["| check | " + " | ".join(methods) + " |", "| --- |" + " :-: |" * len(methods)]
-    lines += [f"| {row['says'].rstrip('.')} | " + " | ".join(sign.get(row["methods"].get(m, "–"), row["methods"].get(m, "–")) for m in methods) + " |" for row in rows.values()]
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for row in rows.values():
+        cells = [row["methods"].get(m, "–") for m in methods]
+        lines.append(f"| {row['says'].rstrip('.')} | " + " | ".join(sign.get(c, c) for c in cells) + " |")
+    return "\n".join(lines) + "\n"

@@ -253,7 +253,7 @@ def test_tuple_and_dict_inputs(form, chunk):
     y = nets.classes(left)
     x = (left, right) if form == "tuple" else {"right": right, "left": left}
     closure = Objective(model, nn.CrossEntropyLoss()).at(x, y, chunk)
-    assert float(closure()) == pytest.approx(float(nn.functional.cross_entropy(model(left, right), y)), rel=1e-12)
+    assert float(closure()) == pytest.approx(nn.functional.cross_entropy(model(left, right), y).item(), rel=1e-12)
     assert torch.allclose(flat(g.mean(0) for g in closure.per_example_grads()), flat(p.grad for p in closure.params))
 
 
@@ -336,6 +336,16 @@ def test_undone_buffers():
     assert all(torch.equal(t, before[n]) for n, t in snapshot(problem.model).items())
     second = problem.closure()
     second(), second.undo_buffers(), second()
+    assert all(torch.equal(t, after[n]) for n, t in snapshot(problem.model).items())
+
+
+def test_only_the_last_step_is_undone():
+    """A batch used for two steps moved its buffers in the first; a refusal of the second does not take that back."""
+    problem = nets.conv(D)
+    closure = problem.closure()
+    closure()
+    after = snapshot(problem.model)
+    closure.release(), closure(), closure.undo_buffers()
     assert all(torch.equal(t, after[n]) for n, t in snapshot(problem.model).items())
 
 

@@ -18,8 +18,9 @@ from .step_rules import Search, StepRule
 
 # %% auto #0
 __all__ = ['SHARED', 'Active', 'NonFiniteError', 'FallbackWarning', 'require', 'wide', 'due', 'zeros_state', 'count_step',
-           'adam_direction', 'CurvatureOptimizer', 'step', 'average_', 'observers', 'observe', 'refresh', 'direction',
-           'directions', 'fallback_direction', 'generator', 'state_dict', 'load_state_dict']
+           'adam_direction', 'CurvatureOptimizer', 'check_group', 'add_param_group', 'step', 'average_', 'observers',
+           'observe', 'refresh', 'direction', 'directions', 'fallback_direction', 'generator', 'state_dict',
+           'load_state_dict']
 
 # %% ../../nbs/optim/engine.ipynb #31718db6
 class NonFiniteError(ArithmeticError):
@@ -123,41 +124,50 @@ class CurvatureOptimizer(torch.optim.Optimizer):
         self.closure: Closure | None = None
         super().__init__(self._as_groups(model, groups), {"lr": lr, "momentum": momentum, **SHARED, **shared, **defaults, "steps": 0})
 
-    def _as_groups(self, model: Any, groups: Iterable[dict] | None) -> list[Any]:
-        "Parameter groups of a module: the given ones and one for the rest."
-        if not isinstance(model, nn.Module):
-            return list(model)
-        groups = [{**g, "params": list(g["params"])} for g in groups or []]
-        taken = {id(p) for g in groups for p in g["params"]}
-        rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in taken]
-        return groups + ([{"params": rest}] if rest else [])
+# %% ../../nbs/optim/engine.ipynb #30292161
+def _as_groups(self: CurvatureOptimizer, model: Any, groups: Iterable[dict] | None) -> list[Any]:
+    "Parameter groups of a module: the given ones and one for the rest."
+    if not isinstance(model, nn.Module):
+        return list(model)
+    groups = [{**g, "params": list(g["params"])} for g in groups or []]
+    taken = {id(p) for g in groups for p in g["params"]}
+    rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in taken]
+    return groups + ([{"params": rest}] if rest else [])
 
-    def check_group(self, group: dict[str, Any]) -> None:
-        "Check a group's hyper-parameters; methods extend it with their own."
-        require(group["lr"] >= 0, "lr", group["lr"], "a step size is at least 0")
-        require(0 <= group["momentum"] < 1, "momentum", group["momentum"], "choose it in [0, 1)")
-        require(group["weight_decay"] >= 0, "weight_decay", group["weight_decay"], "it must be at least 0")
-        require(group["momentum"] > 0 or not group["nesterov"], "nesterov", group["nesterov"], "it needs momentum > 0")
-        for name in ("kl_clip", "max_norm"):
-            require(group[name] is None or group[name] > 0, name, group[name], "give a positive bound or None")
-        require(self.step_rule is None or not group["maximize"], "maximize", group["maximize"], "a step rule searches for a smaller loss; negate the loss instead")
 
-    def add_param_group(self, group: dict[str, Any]) -> None:
-        super().add_param_group(group)
-        group = self.param_groups[-1]
-        try:
-            self.check_group(group)
-            for p in group["params"]:
-                if type(p).__module__.startswith("torch.distributed"):
-                    raise TypeError(f"parameter of type {type(p).__name__}: sharded parameters (FSDP2, DTensor) are not supported; use DistributedDataParallel, which is")
-        except Exception:
-            self.param_groups.pop()
-            raise
+def check_group(self: CurvatureOptimizer, group: dict[str, Any]) -> None:
+    "Check a group's hyper-parameters; methods extend it with their own."
+    require(group["lr"] >= 0, "lr", group["lr"], "a step size is at least 0")
+    require(0 <= group["momentum"] < 1, "momentum", group["momentum"], "choose it in [0, 1)")
+    require(group["weight_decay"] >= 0, "weight_decay", group["weight_decay"], "it must be at least 0")
+    require(group["momentum"] > 0 or not group["nesterov"], "nesterov", group["nesterov"], "it needs momentum > 0")
+    for name in ("kl_clip", "max_norm"):
+        require(group[name] is None or group[name] > 0, name, group[name], "give a positive bound or None")
+    require(self.step_rule is None or not group["maximize"], "maximize", group["maximize"], "a step rule searches for a smaller loss; negate the loss instead")
 
-    def __getstate__(self) -> dict[str, Any]:
-        # torch copies and pickles only its own three attributes; hooks and a scheduler's wrapper of `step` are dropped as there
-        ours = {k: v for k, v in vars(self).items() if k != "step" and not k.startswith("_optimizer_")}
-        return {**ours, "closure": None}
+
+def add_param_group(self: CurvatureOptimizer, group: dict[str, Any]) -> None:
+    "Add a group, checked; a group that is refused leaves no trace."
+    torch.optim.Optimizer.add_param_group(self, group)
+    group = self.param_groups[-1]
+    try:
+        self.check_group(group)
+        for p in group["params"]:
+            if type(p).__module__.startswith("torch.distributed"):
+                raise TypeError(f"parameter of type {type(p).__name__}: sharded parameters (FSDP2, DTensor) are not supported; use DistributedDataParallel, which is")
+    except Exception:
+        self.param_groups.pop()
+        raise
+
+
+def _getstate(self: CurvatureOptimizer) -> dict[str, Any]:
+    "What is copied and pickled."
+    # torch copies and pickles only its own three attributes; hooks and a scheduler's wrapper of `step` are dropped as there
+    ours = {k: v for k, v in vars(self).items() if k != "step" and not k.startswith("_optimizer_")}
+    return {**ours, "closure": None}
+
+
+CurvatureOptimizer._as_groups, CurvatureOptimizer.check_group, CurvatureOptimizer.add_param_group, CurvatureOptimizer.__getstate__ = _as_groups, check_group, add_param_group, _getstate
 
 # %% ../../nbs/optim/engine.ipynb #3ce5dc9b
 @torch._disable_dynamo
