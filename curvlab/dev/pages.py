@@ -14,8 +14,8 @@ from .ledger_page import Knowledge, gather, ledger_page, tally
 from .stage_docs import exported_module, title_and_summary
 
 # %% auto #0
-__all__ = ['START', 'END', 'describe', 'reading_order', 'reading_pages', 'api_pages', 'papers_page', 'readme_table', 'with_table',
-           'fresh_readme', 'write_pages', 'main']
+__all__ = ['SIGNS', 'START', 'END', 'describe', 'reading_order', 'reading_pages', 'api_pages', 'papers_page', 'acceptance_page',
+           'readme_table', 'with_table', 'fresh_readme', 'write_pages', 'main']
 
 # %% ../../nbs/dev/pages.ipynb #571ad3cb
 def describe(notebook: Path, root: Path) -> dict:
@@ -103,6 +103,26 @@ def papers_page(root: Path, known: Knowledge) -> str:
         lines.append("")
     return "\n".join(lines + (_toctree([f"/nbs/papers/{id}" for id in known.papers if id in known.notebooks]) if known.notebooks else []))
 
+# %% ../../nbs/dev/pages.ipynb #9139c2b1
+SIGNS = {"works": "✓", "refuses": "says no", "fails": "✗"}
+
+def acceptance_page(root: Path) -> str:
+    """The page *Acceptance*: a row a check, a column a method; a remark where a check was met in another way than by working."""
+    lines = ["---", "hide-toc: true", "---", "", "# Acceptance", "", ":::{container} lead", "What every optimizer must stand, and how each does.", ":::", ""]
+    path = root / "docs" / "acceptance.json"
+    if not path.exists():
+        how = "python -m pytest tests/test_acceptance.py --acceptance-matrix docs/acceptance.json"
+        return "\n".join([*lines, f"Nothing is recorded yet. To record it: `{how}`.", ""])
+    record = json.loads(path.read_text(encoding="utf-8"))
+    checks = record["checks"].values()
+    methods = list(dict.fromkeys(method for check in checks for method in check["methods"]))
+    lines += [f"Recorded with torch {record['torch']}. ✓: it works. *Says no*: the method refuses with an error that says what to do. Empty: the check does not concern the method.", "",
+              "```{container} acceptance", "", f"| check | {' | '.join(methods)} |", "| --- |" + " :-: |" * len(methods)]
+    for check in checks:
+        marks = [SIGNS.get(state, state) if (state := check["methods"].get(method)) else "" for method in methods]
+        lines.append(f"| {check['says'].rstrip('.')} | {' | '.join(marks)} |")
+    return "\n".join([*lines, "```", ""])
+
 # %% ../../nbs/dev/pages.ipynb #4fca3bec
 START, END = "<!-- papers:start -->", "<!-- papers:end -->"
 
@@ -136,7 +156,7 @@ def fresh_readme(root: Path) -> str:
 def write_pages(root: Path, target: Path) -> None:
     """Write all generated pages of the checkout `root` into the folder `target`; a page that is no longer made is removed."""
     known = gather(root)
-    pages = {**reading_pages(root), "papers": papers_page(root, known), "ledger": ledger_page(known), **api_pages(root)}
+    pages = {**reading_pages(root), "papers": papers_page(root, known), "ledger": ledger_page(known), "acceptance": acceptance_page(root), **api_pages(root)}
     target.mkdir(parents=True, exist_ok=True)
     for name, text in pages.items():
         path = target / f"{name}.md"
