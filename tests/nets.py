@@ -63,17 +63,35 @@ def sequence(dtype=torch.float32):
     return Problem(model, CE(), x, y, class_dim=-1)
 
 
+class Tied(nn.Module):
+    """A tiny language model whose output layer has the embedding's weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.hidden, self.last = nn.Embedding(7, 6), nn.Linear(6, 6), nn.Linear(6, 7, bias=False)
+        self.last.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.last(torch.tanh(self.hidden(self.embedding(tokens))))
+
+
+def language(dtype=torch.float32):
+    tokens = torch.randint(0, 7, (16, 5), generator=torch.Generator().manual_seed(0))
+    return Problem(seeded(Tied, dtype), CE(), tokens, (tokens + 1) % 7, class_dim=-1)
+
+
 class Heads(nn.Module):
-    """A trunk and two heads of which `use` names those that run."""
+    """A trunk and two heads; `use` names the heads whose outputs count, `run` those that run at all."""
 
     def __init__(self):
         super().__init__()
         self.trunk, self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(8, 3)
-        self.use = "a"
+        self.use = self.run = "a"
 
     def forward(self, x):
         h = torch.tanh(self.trunk(x))
-        return sum(getattr(self, name)(h) for name in self.use)
+        out = {name: getattr(self, name)(h) for name in self.run}
+        return sum(out[name] for name in self.use)
 
 
 def heads(dtype=torch.float32):

@@ -69,6 +69,15 @@ def test_tied_parameters(method):
 
 
 @every
+def test_tied_embedding(method):
+    """An output layer with the weight of the embedding"""
+    problem = nets.language()
+    before = snapshot(problem.model)
+    falls(train(build(method, problem.model), problem, FEW))
+    assert all(not torch.equal(t, before[n]) for n, t in snapshot(problem.model).items())
+
+
+@every
 def test_sequence_inputs(method):
     """Inputs (batch, sequence, feature) with ignored positions"""
     problem = nets.sequence()
@@ -93,13 +102,13 @@ def test_frozen_layer(method):
 
 @every
 def test_layer_without_gradient(method):
-    """A layer that takes no part in a step is skipped, and trained when it does"""
+    """A layer that does not run, or whose output is not used, is skipped in this step and trained in others"""
     problem = nets.heads()
     model = problem.model
     optimizer = build(method, model)
     objective = problem.objective()
-    for use in ("a", "b", "ab", "b"):
-        model.use, before = use, snapshot(model)
+    for use, run in (("a", "a"), ("b", "ba"), ("ab", "ab"), ("b", "b")):
+        model.use, model.run, before = use, run, snapshot(model)
         for _ in range(2):
             optimizer.step(objective.at(problem.x, problem.y))
         after = snapshot(model)

@@ -142,7 +142,7 @@ def test_layer_without_gradient_does_not_age():
     problem = nets.heads(torch.double)
     optimizer = Adam(problem.model)
     for use in ("a", "a", "b"):
-        problem.model.use = use
+        problem.model.use = problem.model.run = use
         optimizer.step(problem.closure())
     counts = {n: optimizer.state[p].get("step", 0) for n, p in problem.model.named_parameters()}
     assert counts["trunk.weight"] == 3 and counts["a.weight"] == 2 and counts["b.weight"] == 1
@@ -264,6 +264,26 @@ def test_loaded_groups_are_the_same_objects():
     optimizer.load_state_dict(optimizer.state_dict())
     assert optimizer.param_groups[0] is group
     assert all(optimizer.group_of[b.name] is group for b in optimizer.blocks)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_closure_may_be_used_again(method):
+    """Several steps on one closure are steps on fresh closures of the same batch, also where gradients are switched off around them."""
+    kept, fresh = nets.mlp(torch.double), nets.mlp(torch.double)
+    a, b, closure = build(method, kept.model), build(method, fresh.model), kept.closure()
+    for _ in range(4):
+        a.step(closure)
+        with torch.no_grad():
+            b.step(fresh.closure())
+    assert same(snapshot(kept.model), snapshot(fresh.model))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_closure_of_another_model_is_refused(method):
+    problem, other = nets.mlp(), nets.mlp()
+    optimizer = build(method, problem.model)
+    with pytest.raises(ValueError, match="another model"):
+        optimizer.step(other.closure())
 
 
 def test_state_names_the_mismatch():

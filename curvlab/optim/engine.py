@@ -180,6 +180,8 @@ def step(self: CurvatureOptimizer, closure: Callable[[], Tensor] | None = None) 
         loss = self._evaluate(closure)
         with torch.no_grad(), self._own_precision():
             active = self._active()
+            if not active:
+                self._refuse_foreign()
             self._refuse_nonfinite(loss, [g for _, _, grads in active for g in grads])
             self._couple_weight_decay(active)
             steps = self.param_groups[0]["steps"]
@@ -225,6 +227,13 @@ def _evaluate(self: CurvatureOptimizer, closure) -> Tensor | None:
         return closure()
 
 
+def _refuse_foreign(self: CurvatureOptimizer) -> None:
+    "Nothing has a gradient: in order, unless the closure belongs to another model."
+    mine = {id(p) for group in self.param_groups for p in group["params"]}
+    if self.closure is not None and mine.isdisjoint(map(id, bare(self.closure.objective.model).parameters())):
+        raise ValueError("closure belongs to another model, which has none of this optimizer's parameters: build the Objective with the model that the optimizer trains")
+
+
 def _own_precision(self: CurvatureOptimizer) -> contextlib.AbstractContextManager:
     "The optimizer's own mathematics runs outside autocast."
     device = self.param_groups[0]["params"][0].device.type
@@ -244,7 +253,7 @@ def _active(self: CurvatureOptimizer) -> list[tuple[dict, list[Tensor], list[Ten
     return active
 
 
-CurvatureOptimizer._evaluate, CurvatureOptimizer._own_precision, CurvatureOptimizer._active = _evaluate, _own_precision, _active
+CurvatureOptimizer._evaluate, CurvatureOptimizer._refuse_foreign, CurvatureOptimizer._own_precision, CurvatureOptimizer._active = _evaluate, _refuse_foreign, _own_precision, _active
 
 # %% ../../nbs/optim/engine.ipynb #1773e2a9
 def _refuse_nonfinite(self: CurvatureOptimizer, loss: Tensor | None, grads: list[Tensor]) -> None:
