@@ -57,15 +57,17 @@ def _say_once(message: str) -> None:
     log.warning(message)
 
 
+def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    "The model, and what is inside its `torch.compile` and `DistributedDataParallel` wrappers, outermost first."
+    yield model
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+        yield model
+
+
 def bare(model: nn.Module) -> nn.Module:
     "The module inside `torch.compile` and `DistributedDataParallel` wrappers."
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
+    return list(_wrappers(model))[-1]
 
 # %% ../nbs/objective.ipynb #188870c0
 class _MathAttention(TorchFunctionMode):
@@ -225,9 +227,14 @@ class Objective:
         return [p for p in bare(self.model).parameters() if p.requires_grad]
 
     @property
+    def parallel(self) -> DistributedDataParallel | None:
+        "The data-parallel wrapper, or `None` in a single process."
+        return next((m for m in _wrappers(self.model) if isinstance(m, DistributedDataParallel)), None)
+
+    @property
     def group(self):
         "The process group to average over, or `None` in a single process."
-        return self.model.process_group if isinstance(self.model, DistributedDataParallel) else None
+        return None if self.parallel is None else self.parallel.process_group
 
     def at(self, x: Any, y: Tensor, chunk: int | None = None) -> Closure:
         """The closure of one batch.
@@ -390,6 +397,8 @@ def _train(self: Closure, observers: Sequence[Any], second_order: bool, keep_gra
     "Forward and backward passes of all parts; the loss of the batch."
     keep = len(self.parts) == 1 and (second_order or keep_graph)
     inner = bool(observers) or second_order or keep_graph
+    if inner and not self._trained:
+        self._share_buffers()
     total = 0.0
     for i, share in enumerate(self.shares):
         with self._replay(i, move_buffers=not self._trained), torch.enable_grad():
@@ -449,12 +458,21 @@ def mean_(self: Closure, tensors: list[Tensor]) -> list[Tensor]:
     return tensors
 
 
+def _share_buffers(self: Closure) -> None:
+    "What a data-parallel wrapper does before a forward pass and the module inside it does not: all ranks take the first one's buffers."
+    parallel = self.objective.parallel
+    if parallel is not None and parallel.broadcast_buffers:
+        first = dist.get_global_rank(parallel.process_group, 0)
+        for b in parallel.module.buffers():
+            dist.broadcast(b, first, group=parallel.process_group)
+
+
 def release(self: Closure) -> None:
     "The step is over: drop the graph that was kept for curvature products, and the way back to the buffers before it."
     self._graph, self._buffers = None, []
 
 
-Closure._value, Closure.mean_, Closure.release = _value, mean_, release
+Closure._value, Closure.mean_, Closure._share_buffers, Closure.release = _value, mean_, _share_buffers, release
 
 # %% ../nbs/objective.ipynb #861a9624
 def _key(self: Closure) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from datetime import timedelta
 import nets
 import torch
 import torch.distributed as dist
-from methods import METHODS, Problem, build
+from methods import METHODS, PER_EXAMPLE, UNPERTURBED, Problem, build
 from torch.nn.parallel import DistributedDataParallel
 
 STEPS = 4
@@ -43,6 +43,16 @@ def sharded_error(method):
     return None
 
 
+def buffers(method, rank, world):
+    """Batch-norm averages after steps of length zero."""
+    problem = own_share(nets.conv(torch.double), rank, world)
+    model = DistributedDataParallel(problem.model)
+    optimizer, objective = build(method, problem.model, lr=0.0, **UNPERTURBED.get(method, {})), problem.objective(model)
+    for _ in range(STEPS):
+        optimizer.step(objective.at(problem.x, problem.y))
+    return list(problem.model.buffers())
+
+
 def main(rank, world, folder):
     """Train every method on this rank's share; write what happened to `folder`."""
     torch.set_num_threads(1)
@@ -51,8 +61,11 @@ def main(rank, world, folder):
     for method in METHODS:
         try:
             problem = own_share(joint_problem(), rank, world)
-            params, losses = steps_on(method, problem, DistributedDataParallel(problem.model))
+            # compiled, so that the wrapper is not the outermost module
+            params, losses = steps_on(method, problem, torch.compile(DistributedDataParallel(problem.model), backend="eager"))
             results[method] = {"params": params, "losses": losses, "sharded": sharded_error(method)}
+            if method not in PER_EXAMPLE:
+                results[method]["buffers"] = buffers(method, rank, world)
         except Exception:
             results[method] = {"error": traceback.format_exc()}
     torch.save(results, f"{folder}/{rank}.pt")
