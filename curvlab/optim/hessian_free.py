@@ -17,10 +17,11 @@ from ..curvature.solvers import CGResult, cg, inner
 from ..objective import Closure
 from .engine import CurvatureOptimizer, NonFiniteError, require, wide
 
-log = logging.getLogger("curvlab")
-
 # %% auto #0
 __all__ = ['log', 'LocalModel', 'squared_gradients', 'Report', 'HessianFree', 'step', 'directions', 'solve', 'sparse_init_']
+
+# %% ../../nbs/optim/hessian_free.ipynb #0dfbcb32
+log = logging.getLogger("curvlab")
 
 # %% ../../nbs/optim/hessian_free.ipynb #439143ec
 @dataclass
