@@ -6,9 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -16,15 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from torch.overrides import TorchFunctionMode
 
 from .likelihood import Likelihood, cotangents, likelihood_of
+from .replay import RandomState, bare, differentiable_twice, say_once, throwaway_buffers, wrapped
 
 # %% auto #0
-__all__ = ['log', 'Cost', 'bare', 'Evaluation', 'Objective', 'Closure', 'evaluate', 'undo_buffers', 'mean_', 'release', 'hvp',
-           'ggnvp', 'require_likelihood', 'per_example_grads']
+__all__ = ['Cost', 'Evaluation', 'Objective', 'Closure', 'evaluate', 'undo_buffers', 'mean_', 'release', 'hvp', 'ggnvp',
+           'require_likelihood', 'per_example_grads']
 
 # %% ../nbs/objective.ipynb #ff1cf95c
 @dataclass
@@ -47,84 +43,6 @@ class Cost:
 
     def copy(self) -> Cost:
         return Cost(**{f.name: getattr(self, f.name) for f in fields(self)})
-
-# %% ../nbs/objective.ipynb #d88520bd
-log = logging.getLogger("curvlab")
-
-
-@functools.lru_cache(maxsize=None)
-def _say_once(message: str) -> None:
-    log.warning(message)
-
-
-def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
-    "The model, and what is inside its `torch.compile` and `DistributedDataParallel` wrappers, outermost first."
-    yield model
-    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
-        yield model
-
-
-def bare(model: nn.Module) -> nn.Module:
-    "The module inside `torch.compile` and `DistributedDataParallel` wrappers."
-    return list(_wrappers(model))[-1]
-
-# %% ../nbs/objective.ipynb #188870c0
-class _MathAttention(TorchFunctionMode):
-    "Run scaled-dot-product attention with the math kernel, the only one that can be differentiated twice."
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        # inside multi_head_attention_forward the mode is off, so it is caught here as a whole
-        if func not in (nn.functional.scaled_dot_product_attention, nn.functional.multi_head_attention_forward):
-            return func(*args, **(kwargs or {}))
-        _say_once("attention runs with the math kernel where second derivatives are needed: fused kernels have none")
-        with sdpa_kernel(SDPBackend.MATH):
-            return func(*args, **(kwargs or {}))
-
-
-def _differentiable_twice(model: nn.Module) -> contextlib.ExitStack:
-    "Around a forward pass whose gradient will be differentiated."
-    stack = contextlib.ExitStack()
-    stack.enter_context(_MathAttention())
-    if any(isinstance(m, nn.RNNBase) for m in model.modules()):
-        stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", message="TF32 acceleration")  # said by the next line on every CPU
-        stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-    if hasattr(torch.compiler, "set_stance"):  # torch >= 2.6
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-    return stack
-
-# %% ../nbs/objective.ipynb #30b99191
-class _Frozen:
-    "The random state before a part's first evaluation, to be replayed in later ones."
-
-    def __init__(self, model: nn.Module):
-        self.devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
-        self.cpu = torch.get_rng_state()
-        self.cuda = [torch.cuda.get_rng_state(d) for d in self.devices]
-
-    @contextlib.contextmanager
-    def replay(self) -> Iterator[None]:
-        "Same random numbers as the first time; the global stream goes on afterwards as if nothing had happened."
-        with torch.random.fork_rng(devices=self.devices):
-            torch.set_rng_state(self.cpu)
-            for d, state in zip(self.devices, self.cuda):
-                torch.cuda.set_rng_state(state, d)
-            yield
-
-
-@contextlib.contextmanager
-def _throwaway_buffers(model: nn.Module) -> Iterator[None]:
-    "Let the model write into copies of its buffers, and drop them."
-    owned = [(m, n, b) for m in model.modules() for n, b in m._buffers.items() if b is not None]
-    for m, n, b in owned:
-        m._buffers[n] = b.clone()
-    try:
-        yield
-    finally:
-        for m, n, b in owned:
-            m._buffers[n] = b
 
 # %% ../nbs/objective.ipynb #114e9ea9
 @dataclass
@@ -229,7 +147,7 @@ class Objective:
     @property
     def parallel(self) -> DistributedDataParallel | None:
         "The data-parallel wrapper, or `None` in a single process."
-        return next((m for m in _wrappers(self.model) if isinstance(m, DistributedDataParallel)), None)
+        return next((m for m in wrapped(self.model) if isinstance(m, DistributedDataParallel)), None)
 
     @property
     def group(self):
@@ -281,11 +199,12 @@ class Closure:
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk={chunk} is not a positive number of examples; use None for the whole batch at once")
         self.objective, self.size = objective, n
-        self.params = objective.params
+        self._all = list(bare(objective.model).parameters())
+        self.params = [p for p in self._all if p.requires_grad]
         self.loss: Tensor | None = None
         self.parts = [(x, y)] if chunk is None or chunk >= n else list(zip(_pieces(x, chunk), y.split(chunk)))
         self.shares, self._counted = ([1.0], [y]) if len(self.parts) == 1 else self._split()
-        self._frozen: dict[int, _Frozen] = {}
+        self._frozen: dict[int, RandomState] = {}
         self._trained = False  # whether a training evaluation has moved the buffers
         self._buffers: list[tuple[Tensor, Tensor]] = []  # buffers of training modules and their values before it
         self._graph: tuple[Any, _Graph] | None = None
@@ -320,7 +239,7 @@ def _context(self: Closure, second_order: bool) -> contextlib.ExitStack:
         # no cache: it would keep serving the casts of old parameters to a line search that moves them
         stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
     if second_order:
-        stack.enter_context(_differentiable_twice(self.objective.model))
+        stack.enter_context(differentiable_twice(self.objective.model))
     return stack
 
 
@@ -330,9 +249,9 @@ def _replay(self: Closure, part: int, move_buffers: bool) -> contextlib.ExitStac
     if part in self._frozen:
         stack.enter_context(self._frozen[part].replay())
     else:
-        self._frozen[part] = _Frozen(self.objective.model)
+        self._frozen[part] = RandomState(self._all)
     if not move_buffers:
-        stack.enter_context(_throwaway_buffers(self.objective.model))
+        stack.enter_context(throwaway_buffers(self.objective.model))
     return stack
 
 
@@ -367,7 +286,7 @@ def evaluate(self: Closure, observers: Sequence[Any] = (), second_order: bool = 
     Returns: the detached loss, averaged over ranks where the model is data-parallel.
     """
     self._graph = None
-    for p in bare(self.objective.model).parameters():  # a layer that has just been frozen must not keep its last gradient
+    for p in self._all:  # a layer that has just been frozen must not keep its last gradient
         p.grad = None
     if not self._trained:
         self._buffers = [(b, b.clone()) for m in self.objective.model.modules() if m.training for b in m._buffers.values() if b is not None]
@@ -603,7 +522,7 @@ def per_example_grads(self: Closure) -> list[Tensor]:
             try:
                 results.append(torch.func.vmap(torch.func.grad(loss_of), in_dims=(None, 0, 0), randomness="different")(values, x, y))
             except RuntimeError as error:
-                _say_once(f"per-example gradients are computed one by one, because torch.func cannot: {str(error).splitlines()[0]}")
+                say_once(f"per-example gradients are computed one by one, because torch.func cannot: {str(error).splitlines()[0]}")
                 results.append(self._one_by_one(x, y))
     o.cost.per_example += self.size
     return [torch.cat(parts) for parts in zip(*results)]
