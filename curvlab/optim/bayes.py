@@ -222,7 +222,7 @@ class Vprop(WeightPerturbation):
 class VOGN(WeightPerturbation):
     """Variational online Gauss-Newton (Khan et al. 2018, equation 10 with the update of section 3): `s <- beta s + (1 - beta) mean_i g_i^2`, `mu <- mu - lr (g + lambda mu / N) / (s + lambda / N)`.
 
-    The `g_i` are per-example gradients at the sampled weights (one more forward and backward pass a sample; dropout draws an own mask for each example there).
+    The `g_i` are per-example gradients at the sampled weights (one more forward and backward pass a sample, unless the batch is a single example; dropout draws an own mask for each example there).
 
     Args:
         model: a module or what torch accepts as params.
@@ -243,6 +243,8 @@ class VOGN(WeightPerturbation):
         _check_beta(group)
 
     def squares(self, closure, grads):
+        if closure.size == 1 and closure.objective.group is None:  # the example's gradient is the batch's
+            return super().squares(closure, grads)
         means = [(g.to(wide(g.dtype)) ** 2).mean(0) / self.samples for g in closure.per_example_grads()]
         return {p: h for p, h in zip(closure.params, closure.mean_(means)) if p in grads}
 
