@@ -32,7 +32,7 @@ def mlp(dtype=torch.float32, n=24, activation=nn.Tanh, seed=0):
 
 
 class Twice(nn.Module):
-    """One inner layer applied twice; `tied` writes the same function with two modules that share their parameters."""
+    """One inner layer applied twice, and one called by keyword; `tied` writes the same function with two modules that share their parameters."""
 
     def __init__(self, tied, share_bias=True):
         super().__init__()
@@ -46,7 +46,7 @@ class Twice(nn.Module):
                 self.again.bias = self.inner.bias
 
     def forward(self, x):
-        return self.last(torch.tanh(self.again(torch.tanh(self.inner(torch.tanh(self.first(x)))))))
+        return self.last(input=torch.tanh(self.again(torch.tanh(self.inner(torch.tanh(self.first(x)))))))
 
 
 def twice(tied=False, share_bias=True, dtype=torch.double):

@@ -189,13 +189,13 @@ class LayerCapture:
         handles = []
         for block in self.blocks:
             for module in block.modules:
-                def hook(module, args, output, block=block):
+                def hook(module, args, kwargs, output, block=block):
                     # a layer in a no-grad region, or one whose output needs no gradient, has nothing to observe
                     if isinstance(output, Tensor) and output.requires_grad:
                         output, edge = stable_edge(output)
-                        self.uses.append(Use(block, module, args[0].detach(), output.shape, edge))
+                        self.uses.append(Use(block, module, (args[0] if args else kwargs["input"]).detach(), output.shape, edge))
                         return output
-                handles.append(module.register_forward_hook(hook))
+                handles.append(module.register_forward_hook(hook, with_kwargs=True))
         try:
             yield
         finally:
@@ -221,6 +221,11 @@ class LayerCapture:
         for k, cotangent in enumerate(evaluation.cotangents(self.curvature, generator)):
             self._collect(evaluation, evaluation.pull_back(cotangent, [u.edge for u in self.uses]), k == 0)
 
-    def _collect(self, evaluation: Evaluation, grads: Sequence[Tensor | None], first: bool) -> None:
-        samples = [Sample(u.block, u.a(), output_rows(u.module, g.reshape(u.shape))) for u, g in zip(self.uses, grads) if g is not None]
-        self.collect(samples, evaluation.weight, first)
+# %% ../../nbs/curvature/capture.ipynb #600c0be5
+def _collect(self: LayerCapture, evaluation: Evaluation, grads: Sequence[Tensor | None], first: bool) -> None:
+    "Hand one cotangent's rows over."
+    samples = [Sample(u.block, u.a(), output_rows(u.module, g.reshape(u.shape))) for u, g in zip(self.uses, grads) if g is not None]
+    self.collect(samples, evaluation.weight, first)
+
+
+LayerCapture._collect = _collect

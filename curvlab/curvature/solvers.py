@@ -87,17 +87,13 @@ def _check_cg(max_iter: int, tol: float | None, stop: str, store_ratio: float | 
     return tol
 
 # %% ../../nbs/curvature/solvers.ipynb #0bf49fdc
-def cg(
-    matvec: Callable[[Any], Any],
-    b: Vector,
-    x0: Vector | None = None,
-    preconditioner: Callable[[Any], Any] | None = None,
-    *,
-    max_iter: int = 250,
-    tol: float | None = None,
-    stop: str = "residual",
-    store_ratio: float | None = None,
-) -> CGResult:
+def _require_finite(iteration: int, *numbers: float) -> None:
+    if not all(map(math.isfinite, numbers)):
+        raise FloatingPointError(f"conjugate gradients met a value that is not finite in iteration {iteration}; look at b, matvec and preconditioner, or lower the step size that led here")
+
+# %% ../../nbs/curvature/solvers.ipynb #fb801fed
+def cg(matvec: Callable[[Any], Any], b: Vector, x0: Vector | None = None, preconditioner: Callable[[Any], Any] | None = None, *,
+       max_iter: int = 250, tol: float | None = None, stop: str = "residual", store_ratio: float | None = None) -> CGResult:
     """Minimize `x'Ax/2 - b'x` by preconditioned conjugate gradients, from products with `A` alone.
 
     Args:
@@ -151,11 +147,6 @@ def cg(
     if store_ratio is not None:
         kept[last] = unwrap(x)
     return CGResult(unwrap(x), list(kept.values()), list(kept), values, residuals, last, done, direction is not None, None if direction is None else unwrap(direction))
-
-
-def _require_finite(iteration: int, *numbers: float) -> None:
-    if not all(map(math.isfinite, numbers)):
-        raise FloatingPointError(f"conjugate gradients met a value that is not finite in iteration {iteration}; look at b, matvec and preconditioner, or lower the step size that led here")
 
 # %% ../../nbs/curvature/solvers.ipynb #23730475
 @dataclass(frozen=True)
