@@ -27,8 +27,9 @@ def toys(tmp_path, monkeypatch):
 
 
 def start(toys, *papers, out=None):
-    """A batch in a process of its own."""
-    return subprocess.Popen([sys.executable, "-c", BATCH, str(out or toys.out), *papers], env=toys.child_environment(), stderr=subprocess.PIPE, text=True)
+    """A batch in a process of its own, which hears interrupts even if the tests run in the background (there a shell turns them off for all children)."""
+    hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen([sys.executable, "-c", BATCH, str(out or toys.out), *papers], env=toys.child_environment(), stderr=subprocess.PIPE, text=True, preexec_fn=hear)
 
 
 def until(condition, seconds=60):
