@@ -71,7 +71,9 @@ def stage_notebook(source: Path, target: Path) -> None:
     module = exported_module(notebook)
     ledger = f'<a href="../../generated/ledger.html?text={source.stem}">Claims and verdicts in the ledger</a>'
     origin = f"Exports {{py:mod}}`{module}`" if module else ledger if source.parent.name == "papers" else ""
-    first = {**notebook["cells"][0], "source": f"# {title}\n\n:::{{container}} lead\n{summary}\n:::\n\n:::{{container}} origin\n{origin}\n:::\n"}
+    opening = "".join(notebook["cells"][0]["source"])
+    below = opening[TITLE.match(opening).end() :].strip()     # a reference, or the first paragraphs, under the summary
+    first = {**notebook["cells"][0], "source": f"# {title}\n\n:::{{container}} lead\n{summary}\n:::\n\n:::{{container}} origin\n{origin}\n:::\n\n{below}\n"}
     rest = [staged for cell in notebook["cells"][1:] if (staged := stage_cell(cell))]
     language = {"name": "python", "pygments_lexer": "ipython3"}
     page = {**notebook, "cells": [first, *rest], "metadata": {**notebook["metadata"], "language_info": language}}
