@@ -48,7 +48,7 @@ clean:
 	rm -rf $(VENV) build dist curvlab.egg-info runs docs/_build docs/nbs docs/generated
 
 # A second run finds the stamp and installs nothing, unless the requirements changed.
-$(STAMP): settings.ini setup.py pyproject.toml
+$(STAMP): settings.ini setup.py pyproject.toml tests/peers.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "curvlab needs Python 3.10 or newer; name one: make PYTHON=python3.12 ..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
@@ -57,6 +57,7 @@ $(STAMP): settings.ini setup.py pyproject.toml
 	if $(PY) -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1] + "/torch/", timeout=10)' '$(TORCH_INDEX)' 2>/dev/null; \
 	  then $(PY) -m pip install --index-url '$(TORCH_INDEX)' '$(TORCH)'; else $(PY) -m pip install '$(TORCH)'; fi
 	$(PY) -m pip install -e '.[dev]' '$(TORCH)'
+	$(PY) -m pip install --no-deps -r tests/peers.txt || echo "going on without the peers: cross-checks with them are skipped"
 	touch $@
 
 $(VENV)/.installed-docs: $(STAMP)
