@@ -65,22 +65,22 @@ class Eigenpairs:
 
 
 def _next_block(W: Tensor, V: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal `Q` `(n, b)` beside the orthonormal `V`, and `S` `(b, b)` with `(I - VV') W = Q S`.
+    """Orthonormal rows `Q` `(b, n)` beside the orthonormal rows `V`, and `S` `(b, b)` with `W (I - V'V) = S' Q`.
 
     Where `W` adds fewer than `b` directions, `Q` is filled up from `noise` and `S` has zero rows.
     """
-    size = torch.linalg.norm(W, dim=0).max()
+    size = torch.linalg.norm(W, dim=1).max()
     for _ in range(2):
-        W = W - V @ (V.mT @ W)
-    Q, R = torch.linalg.qr(W)
+        W = W - (W @ V.mT) @ V
+    Q, R = torch.linalg.qr(W.mT)
     U, s, Wt = torch.linalg.svd(torch.where(R.isfinite(), R, 0.0))   # what is not finite shows in T
-    usable = s > 10 * torch.finfo(W.dtype).eps * size
-    Q = torch.where(usable, Q @ U, noise)
+    usable = (s > 10 * torch.finfo(W.dtype).eps * size)[:, None]
+    Q = torch.where(usable, U.mT @ Q.mT, noise)
     for _ in range(2):
-        Q = Q - V @ (V.mT @ Q)
-        Q, R = torch.linalg.qr(Q)
-        Q = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)   # the factorisation is unique up to signs, and S must keep fitting
-    return Q, torch.where(usable, s, 0.0)[:, None] * Wt
+        Q = Q - (Q @ V.mT) @ V
+        Q, R = torch.linalg.qr(Q.mT)
+        Q = (Q * torch.where(R.diagonal() < 0, -1.0, 1.0)).mT   # the factorisation is unique up to signs, and S must keep fitting
+    return Q, torch.where(usable, s[:, None], 0.0) * Wt
 
 
 def _preferred(m: int, k: int, which: str) -> list[int]:
@@ -93,33 +93,39 @@ def _preferred(m: int, k: int, which: str) -> list[int]:
 
 # %% ../../nbs/curvature/spectrum.ipynb #9336e328
 class _Krylov:
-    "An orthonormal basis `V[:, :m]`, the matrix `T = V' A V` in it, and the block that comes next."
+    "An orthonormal basis, the rows of `V[:m]`, the matrix `T = V A V'` in it, and the block of rows that comes next."
 
-    def __init__(self, A: Any, columns: int, Q: Tensor, generator: torch.Generator | None):
+    def __init__(self, A: Any, rows: int, Q: Tensor, generator: torch.Generator | None):
         self.A, self.Q, self.generator = A, Q, generator
-        self.V = Q.new_zeros(len(Q), columns)
-        self.T = torch.zeros(columns, columns, dtype=torch.float64, device=Q.device)
+        self.n = Q.shape[1]
+        self.V = Q.new_zeros(rows, self.n)
+        self.T = torch.zeros(rows, rows, dtype=torch.float64, device=Q.device)
         self.m = self.products = 0
 
-    def noise(self, columns: int) -> Tensor:
-        return torch.randn(len(self.V), columns, generator=self.generator, dtype=self.V.dtype, device=self.V.device)
+    def noise(self, rows: int) -> Tensor:
+        return torch.randn(rows, self.n, generator=self.generator, dtype=self.V.dtype, device=self.V.device)
 
     def expand(self) -> None:
-        "Take in the next block: one product a column."
-        m, b = self.m, self.Q.shape[1]
-        self.V[:, m : m + b] = self.Q
-        W = (self.A @ self.Q.to(self.A.dtype)).to(self.V.dtype)
-        column = (self.V[:, : m + b].mT @ W).double()
-        self.T[: m + b, m : m + b] = column
-        self.T[m : m + b, : m + b] = column.mT
-        self.T[m : m + b, m : m + b] = (column[m:] + column[m:].mT) / 2
+        "Take in the next block: one product a row."
+        m, b = self.m, len(self.Q)
+        self.V[m : m + b] = self.Q
+        W = (self.A @ self.Q.mT.to(self.A.dtype)).mT.to(self.V.dtype)
+        rows = (W @ self.V[: m + b].mT).double()
+        self.T[m : m + b, : m + b] = rows
+        self.T[: m + b, m : m + b] = rows.mT
+        self.T[m : m + b, m : m + b] = (rows[:, m:] + rows[:, m:].mT) / 2
         self.m, self.products = m + b, self.products + b
-        room = min(b, len(self.V) - self.m)
+        room = min(b, self.n - self.m)
         if room:
-            self.Q, self.S = _next_block(W, self.V[:, : self.m], self.noise(b))
-            self.Q = self.Q[:, :room]
+            self.Q, self.S = _next_block(W, self.V[: self.m], self.noise(b))
+            self.Q = self.Q[:room]
         else:
             self.S = torch.zeros(b, b, dtype=self.V.dtype, device=self.V.device)   # the basis is complete
+
+    def join(self, most: int) -> None:
+        "Add a random row to the next block, if that leaves at most `most`."
+        rows = len(self.Q) + 1
+        self.Q = _next_block(torch.cat([self.Q, self.noise(1)]), self.V[: self.m], self.noise(rows))[0][:most]
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         "Ritz values ascending `(m,)`, their coordinates `(m, m)`, residuals `(m,)`, and whether all products were finite."
@@ -130,27 +136,24 @@ class _Krylov:
 
     def shrink(self, values: Tensor, s: Tensor, keep: list[int]) -> None:
         "Keep some Ritz vectors as the new basis."
-        self.V[:, : len(keep)] = self.V[:, : self.m] @ s[:, keep].to(self.V.dtype)
+        self.V[: len(keep)] = s[:, keep].mT.to(self.V.dtype) @ self.V[: self.m]
         self.T.zero_()
         self.m = len(keep)
         self.T[: self.m, : self.m] = torch.diag(values[keep])
 
 # %% ../../nbs/curvature/spectrum.ipynb #d5ca639d
 def _first_block(A: Any, block: int, start: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    "Orthonormal `(n, b)`: the given vectors and at least one random one, or `block` random ones."
+    "Orthonormal rows `(b, n)`: the given vectors and at least one random one, or `block` random ones."
     n, dtype = A.shape[0], torch.promote_types(A.dtype, torch.float32)
-    if start is None:
-        given = torch.zeros(n, 0, dtype=dtype, device=A.device)
-    else:
-        given = (start[:, None] if start.ndim == 1 else start).to(dtype)
-    noise = torch.randn(n, max(block - given.shape[1], 1), generator=generator, dtype=dtype, device=A.device)
-    both = torch.cat([given, noise], 1)[:, :n]
+    given = torch.zeros(0, n, dtype=dtype, device=A.device) if start is None else start.reshape(n, -1).mT.to(dtype)
+    noise = torch.randn(max(block - len(given), 1), n, generator=generator, dtype=dtype, device=A.device)
+    both = torch.cat([given, noise])[:n]
     filler = torch.randn(both.shape, generator=generator, dtype=dtype, device=A.device)
-    return _next_block(both / torch.linalg.norm(both, dim=0).clamp(min=torch.finfo(dtype).tiny), both[:, :0], filler)[0]
+    return _next_block(both / torch.linalg.norm(both, dim=1, keepdim=True).clamp(min=torch.finfo(dtype).tiny), both[:0], filler)[0]
 
 
 def _check_eigenpairs(A: Any, k: int, which: str, tol: float, max_products: int, block: int | None, basis: int | None, start: Tensor | None) -> tuple[int, int, int]:
-    "Number of wanted pairs, columns of a block, and columns of the basis."
+    "Number of wanted pairs, size of a block, and size of the basis."
     n = A.shape[0]
     if tuple(A.shape) != (n, n):
         raise ValueError(f"A has shape {tuple(A.shape)}; pass a square matrix or operator")
@@ -161,9 +164,9 @@ def _check_eigenpairs(A: Any, k: int, which: str, tol: float, max_products: int,
         raise ValueError(f"k={k!r} with which={which!r} asks for {want} of {n} eigenpairs; ask for fewer, or use exact_spectrum")
     if not 0 < tol < 1:
         raise ValueError(f"tol={tol!r}: the tolerance is relative to the largest absolute eigenvalue; use a number between 0 and 1")
-    if start is not None and (start.ndim not in (1, 2) or len(start) != n or (start.ndim == 2 and start.shape[1] >= max(n, 2))):
+    if start is not None and (start.ndim not in (1, 2) or len(start) != n or (start.ndim == 2 and not 1 <= start.shape[1] < max(n, 2))):
         raise ValueError(f"start has shape {tuple(start.shape)}; pass ({n},) or ({n}, K) with K < {n}")
-    block = min(block if block is not None else min(want, 8), n)
+    block = min(block if block is not None else 1, n)
     given = 0 if start is None else 1 if start.ndim == 1 else start.shape[1]
     width = min(max(block, given + 1), n)
     columns = min(n, basis if basis is not None else max(2 * want + 4 * width, 40))
@@ -184,7 +187,7 @@ def eigenpairs(A: Any, k: int = 1, which: str = "top", *, tol: float = 1e-4, max
         which: `"top"` (largest, with sign), `"bottom"` (smallest, with sign) or `"both"`.
         tol: residual wanted, relative to the largest absolute eigenvalue. Below about `1e-6 sqrt(n)` float32 products cannot deliver it.
         max_products: stop, with a warning, when the next block would exceed it.
-        block: products at a time (default: the number of wanted pairs, at most 8).
+        block: products at a time. One (the default) needs the fewest; more pay where a block costs little more than a single product, or with many multiple eigenvalues.
         basis: vectors kept in memory (default `2k + 4 block`, at least 40); more means fewer products.
         start: good guesses `(n,)` or `(n, K)`, e.g. the vectors of an earlier call; one random column is always added.
         generator: on the device of `A`.
@@ -198,7 +201,7 @@ def eigenpairs(A: Any, k: int = 1, which: str = "top", *, tol: float = 1e-4, max
     want, block, columns = _check_eigenpairs(A, k, which, tol, max_products, block, basis, start)
     space = _Krylov(A, columns, _first_block(A, block, start, generator), generator)
     before, since, done = None, 0, False
-    while not done and (space.m < want or space.products + space.Q.shape[1] + want <= max_products):
+    while not done and (space.m < want or space.products + len(space.Q) + want <= max_products):
         space.expand()
         values, s, residuals, fine = space.ritz()
         chosen = _preferred(space.m, want, which)
@@ -211,9 +214,9 @@ def eigenpairs(A: Any, k: int = 1, which: str = "top", *, tol: float = 1e-4, max
             done = block >= want or (before is not None and max(abs(a - b) for a, b in zip(found, before)) <= tol * size)
             if not done:   # does a newcomer change anything?
                 before, since = found, 0
-                space.Q = _next_block(torch.cat([space.Q, space.noise(1)], 1), space.V[:, : space.m], space.noise(space.Q.shape[1] + 1))[0][:, : min(A.shape[0] - space.m, columns - want)]
-        if not done and space.m < A.shape[0] and space.m + space.Q.shape[1] > columns:
-            space.shrink(values, s, _preferred(space.m, min(want + max(2, (columns - want) // 3), columns - space.Q.shape[1]), which))
+                space.join(most=min(A.shape[0] - space.m, columns - want))
+        if not done and space.m < A.shape[0] and space.m + len(space.Q) > columns:
+            space.shrink(values, s, _preferred(space.m, min(want + max(2, (columns - want) // 3), columns - len(space.Q)), which))
     values, s, _, _ = space.ritz()
     return _measured(A, space, values, s, want, which, tol)
 
@@ -222,7 +225,7 @@ def _measured(A: Any, space: _Krylov, values: Tensor, s: Tensor, want: int, whic
     "The wanted pairs with residuals from a last product, in the order that is promised."
     order = _preferred(space.m, want, which)
     order = order[0::2] + order[1::2] if which == "both" else order
-    chosen, vectors = values[order], torch.linalg.qr(space.V[:, : space.m] @ s[:, order].to(space.V.dtype)).Q
+    chosen, vectors = values[order], torch.linalg.qr((s[:, order].mT.to(space.V.dtype) @ space.V[: space.m]).mT).Q
     images = torch.cat([A @ part for part in vectors.to(A.dtype).split(8, 1)], 1).to(vectors.dtype)
     residuals = torch.linalg.norm(images - vectors * chosen.to(vectors.dtype), dim=0)
     worst, size = torch.stack([residuals.max().double(), values.abs().max()]).tolist()
@@ -293,10 +296,10 @@ def _tridiagonals(A: Any, Z: Tensor, steps: int, generator: torch.Generator | No
         if j + 1 == steps:
             break
         scale = torch.linalg.norm(w, dim=1)
-        fresh = torch.randn(K, n, generator=generator, dtype=dtype, device=Z.device)
-        B = basis[:, : j + 1]
+        both, B = torch.stack([w, torch.randn(K, n, generator=generator, dtype=dtype, device=Z.device)], 1), basis[:, : j + 1]
         for _ in range(2):
-            w, fresh = (u - (B.mT @ (B @ u[..., None]))[..., 0] for u in (w, fresh))
+            both = both - (both @ B.mT) @ B   # rows: far faster than columns
+        w, fresh = both.unbind(1)
         length = torch.linalg.norm(w, dim=1)
         usable = length > 10 * torch.finfo(dtype).eps * scale
         q = torch.where(usable[:, None], w / length[:, None], fresh / torch.linalg.norm(fresh, dim=1, keepdim=True))
