@@ -143,13 +143,15 @@ class _Krylov:
 
 # %% ../../nbs/curvature/spectrum.ipynb #d5ca639d
 def _first_block(A: Any, block: int, start: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    "Orthonormal rows `(b, n)`: the given vectors and at least one random one, or `block` random ones."
+    "Orthonormal rows `(b, n)`: random ones, or the sums of the given vectors with a tenth of random ones."
     n, dtype = A.shape[0], torch.promote_types(A.dtype, torch.float32)
-    given = torch.zeros(0, n, dtype=dtype, device=A.device) if start is None else start.reshape(n, -1).mT.to(dtype)
-    noise = torch.randn(max(block - len(given), 1), n, generator=generator, dtype=dtype, device=A.device)
-    both = torch.cat([given, noise])[:n]
-    filler = torch.randn(both.shape, generator=generator, dtype=dtype, device=A.device)
-    return _next_block(both / torch.linalg.norm(both, dim=1, keepdim=True).clamp(min=torch.finfo(dtype).tiny), both[:0], filler)[0]
+    unit = lambda rows: rows / torch.linalg.norm(rows, dim=1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
+    draw = lambda: unit(torch.randn(block, n, generator=generator, dtype=dtype, device=A.device))
+    rows = draw()
+    if start is not None:
+        given = unit(start.reshape(n, -1).mT.to(dtype))
+        rows = torch.stack([given[i::block].sum(0) for i in range(block)]) + 0.1 * rows
+    return _next_block(rows, rows[:0], draw())[0]
 
 
 def _check_eigenpairs(A: Any, k: int, which: str, tol: float, max_products: int, block: int | None, basis: int | None, start: Tensor | None) -> tuple[int, int, int]:
@@ -164,16 +166,15 @@ def _check_eigenpairs(A: Any, k: int, which: str, tol: float, max_products: int,
         raise ValueError(f"k={k!r} with which={which!r} asks for {want} of {n} eigenpairs; ask for fewer, or use exact_spectrum")
     if not 0 < tol < 1:
         raise ValueError(f"tol={tol!r}: the tolerance is relative to the largest absolute eigenvalue; use a number between 0 and 1")
-    if start is not None and (start.ndim not in (1, 2) or len(start) != n or (start.ndim == 2 and not 1 <= start.shape[1] < max(n, 2))):
-        raise ValueError(f"start has shape {tuple(start.shape)}; pass ({n},) or ({n}, K) with K < {n}")
+    if start is not None and (start.ndim not in (1, 2) or len(start) != n or (start.ndim == 2 and start.shape[1] < 1)):
+        raise ValueError(f"start has shape {tuple(start.shape)}; pass ({n},) or ({n}, K)")
     block = min(block if block is not None else 1, n)
-    given = 0 if start is None else 1 if start.ndim == 1 else start.shape[1]
-    width = min(max(block, given + 1), n)
-    columns = min(n, basis if basis is not None else max(2 * want + 4 * width, 40))
-    if block < 1 or columns < min(n, want + 2 * width + 2):
-        raise ValueError(f"block={block!r} and basis={basis!r}: a block has at least 1 column and the basis at least k + 2 block + 2 (both ends: 2k + ...)")
-    if max_products < min(2 * want + width, n + want):
-        raise ValueError(f"max_products={max_products!r} is too few for {want} pairs in blocks of {width}; allow at least {min(2 * want + width, n + want)}")
+    columns = min(n, basis if basis is not None else max(2 * want + 4 * block, 40))
+    if block < 1 or columns < min(n, want + 2 * block + 2):
+        raise ValueError(f"block={block!r} and basis={basis!r}: a block has at least 1 vector and the basis at least k + 2 block + 2 (both ends: 2k + ...)")
+    least = min(2 * want + block, n + want)
+    if max_products < least:
+        raise ValueError(f"max_products={max_products!r} is too few for {want} pairs in blocks of {block}; allow at least {least}")
     return want, block, columns
 
 # %% ../../nbs/curvature/spectrum.ipynb #59dfc98d
@@ -189,7 +190,7 @@ def eigenpairs(A: Any, k: int = 1, which: str = "top", *, tol: float = 1e-4, max
         max_products: stop, with a warning, when the next block would exceed it.
         block: products at a time. One (the default) needs the fewest; more pay where a block costs little more than a single product, or with many multiple eigenvalues.
         basis: vectors kept in memory (default `2k + 4 block`, at least 40); more means fewer products.
-        start: good guesses `(n,)` or `(n, K)`, e.g. the vectors of an earlier call; one random column is always added.
+        start: good guesses `(n,)` or `(n, K)`, e.g. the vectors of an earlier call; a tenth of random directions is always mixed in.
         generator: on the device of `A`.
 
     One number of products is read on the host a block step. Half-precision matrices are handled with a float32 basis.
