@@ -4,7 +4,10 @@ import importlib
 HOMES = {
     "roots": ["power", "inverse_root", "newton_inverse_root", "root_residual", "eigendecomposition", "grouped"],
     "solvers": ["cg", "CGResult", "lanczos", "LanczosResult"],
-    "operators": ["Operator", "Hessian", "GGN", "Fisher", "Identity", "hutchinson_diagonal", "hutchinson_trace"],
+    "algebra": ["Operator", "Identity", "DiagonalOperator", "MatrixOperator", "as_operator", "Sum", "Scaled", "Product", "Transposed", "SubBlock", "flat", "unflat"],
+    "operators": ["NetworkOperator", "Batches", "Hessian", "GGN", "Residual", "Fisher", "Covariance", "hutchinson_diagonal", "hutchinson_trace"],
+    "jacobian": ["Jacobian", "NTK"],
+    "preconditioners": ["Preconditioner", "Preconditioned", "preconditioner_of"],
     "structured": ["Dense", "Diagonal", "Kronecker", "KroneckerEigen", "KroneckerDifference", "BlockTridiagonal"],
     "capture": ["LayerCapture", "layer_blocks"],
     "shaping": ["blocks", "merge_dims", "unfold", "fold"],
