@@ -172,7 +172,7 @@ class Product(Operator):
     def _rmatmat(self, V):
         return self.b.T @ (self.a.T @ V)
 
-
+# %% ../../nbs/curvature/algebra.ipynb #243b4fa8
 class Transposed(Operator):
     "The transpose of an operator."
 
