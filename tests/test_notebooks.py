@@ -181,10 +181,10 @@ HOST_READS = {"item", "tolist", "numpy", "cpu", "cuda"}
 HOT = [path for path in MODULES if path.relative_to(ROOT / "curvlab").parts[0] in ("optim", "curvature")]
 # (module, function) → why it may wait for the device or name one.
 ALLOWED = {
-    ("curvature/operators.py", "to_scipy"): "SciPy computes on the host; that is what the function is for",
     ("curvature/spectrum.py", "exact_spectrum"): "the reference for small matrices: refuses what is not symmetric",
     ("curvature/spectrum.py", "eigenpairs"): "decides on the host whether to stop: one read a block step, and the docstring says so",
     ("curvature/spectrum.py", "_measured"): "says whether the pairs converged: one read at the end",
+    ("curvature/algebra.py", "to_scipy"): "SciPy computes on the host; that is what the function is for",
     ("curvature/solvers.py", "cg"): "an iterative solver decides on the host whether to stop: one read an iteration, and the docstring says so",
     ("optim/hessian_free.py", "solve"): "damping and backtracking compare losses on the host, once a step, as the method is defined",
     ("optim/engine.py", "_own_precision"): "asks whether the device has autocast, on the device's type and no tensor",
