@@ -12,6 +12,7 @@ HOMES = {
     "preconditioners": ["Preconditioner", "Preconditioned", "preconditioner_of"],
     "structured": ["Dense", "Diagonal", "Kronecker", "KroneckerEigen", "KroneckerDifference", "BlockTridiagonal"],
     "capture": ["LayerCapture", "layer_blocks"],
+    "closed_form": ["PerceptronFisher", "CommitteeFisher"],
     "shaping": ["blocks", "merge_dims", "unfold", "fold"],
 }
 
