@@ -23,9 +23,9 @@ from ..objective import Closure, Objective, bare
 
 # %% auto #0
 __all__ = ['log', 'DISTRIBUTIONS', 'counted', 'Batches', 'parameter_slots', 'push_forward', 'NetworkOperator', 'product', 'push',
-           'pull', 'parameter_ranges', 'parameter_index', 'parameter', 'layer', 'names', 'offsets', 'Hessian',
-           'output_hessian', 'GGN', 'Residual', 'rank_one', 'Fisher', 'Covariance', 'Estimate', 'random_signs',
-           'hutchinson_diagonal', 'hutchinson_trace']
+           'pull', 'parameter_ranges', 'parameter_index', 'parameter', 'layer', 'names', 'offsets', 'differentiate',
+           'Hessian', 'output_hessian', 'GGN', 'Residual', 'rank_one', 'Fisher', 'Covariance', 'Estimate',
+           'random_signs', 'hutchinson_diagonal', 'hutchinson_trace']
 
 # %% ../../nbs/curvature/operators.ipynb #594f9cfc
 def _moved(x: Any, device: torch.device) -> Any:
@@ -178,8 +178,7 @@ class NetworkOperator(Operator):
         progress: show a progress bar over the batches.
     """
 
-    cost = "ggnvp"
-    pushes = True  # whether products begin with `J v`
+    cost = "ggnvp"  # the entry of `objective.cost` that counts products
 
     def __init__(self, objective: Objective, x: Any, y: Tensor | None = None, chunk: int | None = None, progress: bool = False):
         self.data = Batches(objective, x, y, chunk, progress)
@@ -252,13 +251,11 @@ def _columns(self: NetworkOperator) -> int:
     "Columns of a block that are multiplied at a time."
     if self.device.type != "cpu":
         return 64
-    if self.pushes:
-        return 16
     sizes: list[int] = []
     _, closure = next(iter(self.data))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()), lambda t: t), closure._replay(0, move_buffers=False), torch.enable_grad(), closure._context(True):
         closure._forward(0, closure.shares[0], True)
-    return 16 if sum(sizes) <= 2**14 * len(sizes) else 1
+    return 32 if sum(sizes) <= 2**14 * len(sizes) else 16
 
 
 def _block(self: NetworkOperator, V: Tensor) -> Tensor:
@@ -334,13 +331,31 @@ def offsets(self: NetworkOperator) -> list[int]:
 NetworkOperator.parameter, NetworkOperator.layer, NetworkOperator.names, NetworkOperator.offsets = parameter, layer, property(names), property(offsets)
 
 # %% ../../nbs/curvature/operators.ipynb #70a3a123
+def differentiate(grads: Sequence[Tensor | None], params: Sequence[Tensor], vs: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
+    "Derivative of `sum <g, v>` in the parameters, keeping the graph; with `batched` for each `v` of a stack."
+    pairs = [(g, v.to(g.dtype)) for g, v in zip(grads, vs) if g is not None and g.requires_grad]
+    if not pairs:
+        return [None] * len(vs)
+    outputs, vectors = zip(*pairs)
+    if not batched:
+        return torch.autograd.grad(outputs, params, vectors, retain_graph=True, allow_unused=True)
+
+    def one(*vectors: Tensor) -> tuple[Tensor, ...]:
+        found = torch.autograd.grad(outputs, params, vectors, retain_graph=True, allow_unused=True)
+        return tuple(torch.zeros_like(p) if f is None else f for f, p in zip(found, params))
+
+    return torch.func.vmap(one)(*vectors)
+
+
 class Hessian(NetworkOperator):
     "Hessian of the loss, for any loss that is twice differentiable; see `NetworkOperator` for the arguments."
 
-    cost, pushes = "hvp", False
+    cost = "hvp"
 
     def on_graph(self, closure, part, graph, vs, batched):
-        return graph.hvp(vs, batched)
+        if graph._grads is None:
+            graph._grads = torch.autograd.grad(graph.loss, self.params, create_graph=True, allow_unused=True)
+        return differentiate(graph._grads, self.params, vs, batched)
 
 
 def output_hessian(closure: Closure, graph: Any, v: Tensor, batched: bool) -> Tensor:
@@ -370,17 +385,14 @@ class GGN(NetworkOperator):
 class Residual(NetworkOperator):
     "Hessian minus Gauss-Newton matrix, `sum c_k (Hessian of output k)` with `c` the gradient of the loss in the outputs, by a product of its own; see `NetworkOperator` for the arguments."
 
-    cost, pushes = "hvp", False
+    cost = "hvp"
 
     def on_graph(self, closure, part, graph, vs, batched):
         outputs = graph.evaluation.outputs
         if not hasattr(graph, "pulled"):
             c, = torch.autograd.grad(graph.loss, outputs, retain_graph=True)
             graph.pulled = torch.autograd.grad(outputs, self.params, c, create_graph=True, allow_unused=True)
-        pairs = [(g, v) for g, v in zip(graph.pulled, vs) if g is not None and g.requires_grad]
-        if not pairs:
-            return [None] * len(vs)
-        return torch.autograd.grad([g for g, _ in pairs], self.params, [v.to(g.dtype) for g, v in pairs], retain_graph=True, allow_unused=True, is_grads_batched=batched)
+        return differentiate(graph.pulled, self.params, vs, batched)
 
 # %% ../../nbs/curvature/operators.ipynb #4a5781f0
 def rank_one(c: Tensor, jv: Tensor, batched: bool) -> Tensor:
