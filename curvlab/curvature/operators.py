@@ -5,6 +5,7 @@
 # %% ../../nbs/curvature/operators.ipynb #b83e11bd
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -78,16 +79,22 @@ class Batches:
             return
         if isinstance(x, (Tensor, dict, tuple)) or not hasattr(x, "__iter__"):
             raise TypeError(f"y is missing and x is a {type(x).__name__}: pass a batch as x, y, or a list or DataLoader of (x, y) batches as x")
-        if iter(x) is x:
+        if hasattr(x, "__next__"):
             raise ValueError(f"x={x!r} can be read only once, but every product reads the data: pass a list or a DataLoader")
         self.loader = x
-        self._measure()
+        with self._undisturbed():
+            self._measure()
+
+    def _undisturbed(self) -> contextlib.AbstractContextManager:
+        "Puts the global random numbers back at the end."
+        return torch.random.fork_rng(devices=sorted({p.device for p in self.objective.params if p.device.type != "cpu"}, key=str))
 
 # %% ../../nbs/curvature/operators.ipynb #205dcc39
-def _pairs(self: Batches) -> Iterator[tuple[Any, Tensor]]:
-    "The loader's batches on the model's device."
-    batches = track(self.loader, "batches", transient=True) if self.progress else self.loader
-    for batch in batches:
+def _pairs(self: Batches, disturb: bool = False) -> Iterator[tuple[Any, Tensor]]:
+    "The loader's batches on the model's device; with `disturb` the loader may draw from the global random numbers, so that a shuffle shows."
+    with contextlib.nullcontext() if disturb else self._undisturbed():
+        batches = iter(self.loader)
+    for batch in track(batches, "batches", total=len(self.loader) if hasattr(self.loader, "__len__") else None, transient=True) if self.progress else batches:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
             raise TypeError(f"the loader yields a {type(batch).__name__}; each batch must be a pair (x, y) with a tensor y, e.g. through a collate_fn")
         yield _moved(batch[0], self.device), _moved(batch[1], self.device)
@@ -96,7 +103,7 @@ def _pairs(self: Batches) -> Iterator[tuple[Any, Tensor]]:
 def _measure(self: Batches) -> None:
     "Read the loader twice: shares and random states of the batches, and whether it yields the same data again."
     weights, sizes, first, self._frozen = [], [], [], []
-    for x, y in self._pairs():
+    for x, y in self._pairs(disturb=True):
         closure = self.objective.at(x, y, self.chunk)
         first.append(closure(backward=False))
         self._frozen.append(closure._frozen)
@@ -107,7 +114,7 @@ def _measure(self: Batches) -> None:
     self.size, total = sum(sizes), sum(weights)
     self.shares = weights if self.objective.average == "sum" else [w / total for w in weights]
     self._used = [bool(w > 0) for w in weights]
-    second = [self._at(i, x, y)(backward=False) for i, (x, y) in enumerate(self._pairs()) if i < len(first)]
+    second = [self._at(i, x, y)(backward=False) for i, (x, y) in enumerate(self._pairs(disturb=True)) if i < len(first)]
     a, b = torch.stack(first).double(), torch.stack(second).double()
     tolerance = torch.finfo(first[0].dtype).eps ** 0.5 / 100
     if len(a) != len(b) or not torch.allclose(a, b, rtol=tolerance, atol=0.0, equal_nan=True):
@@ -126,7 +133,9 @@ def _at(self: Batches, i: int, x: Any, y: Tensor) -> Closure:
 def _iterate(self: Batches) -> Iterator[tuple[float | Tensor, Closure]]:
     "Share and closure of each batch that counts."
     if self.closure is not None:
-        yield 1.0, self.closure
+        complete = len(self.closure._frozen) == len(self.closure.parts)
+        with contextlib.nullcontext() if complete else self._undisturbed():
+            yield 1.0, self.closure
         return
     for i, (x, y) in enumerate(self._pairs()):
         if i >= len(self.shares):
@@ -252,9 +261,12 @@ def _columns(self: NetworkOperator) -> int:
     if self.device.type != "cpu":
         return 64
     sizes: list[int] = []
-    _, closure = next(iter(self.data))
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()), lambda t: t), closure._replay(0, move_buffers=False), torch.enable_grad(), closure._context(True):
-        closure._forward(0, closure.shares[0], True)
+    for _, closure in self.data:
+        known = dict(closure._frozen)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()), lambda t: t), closure._replay(0, move_buffers=False), torch.enable_grad(), closure._context(True):
+            closure._forward(0, closure.shares[0], True)
+        closure._frozen = known  # this pass fixes no masks
+        break
     return 32 if sum(sizes) <= 2**14 * len(sizes) else 16
 
 
@@ -346,7 +358,7 @@ def differentiate(grads: Sequence[Tensor | None], params: Sequence[Tensor], vs: 
 
     return torch.func.vmap(one)(*vectors)
 
-
+# %% ../../nbs/curvature/operators.ipynb #25f678ee
 class Hessian(NetworkOperator):
     "Hessian of the loss, for any loss that is twice differentiable; see `NetworkOperator` for the arguments."
 
