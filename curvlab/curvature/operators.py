@@ -274,7 +274,8 @@ def _block(self: NetworkOperator, V: Tensor) -> Tensor:
     "Product with a slice of columns `(n, K)`, batched if that is possible."
     if self._batched and V.shape[1] > 1:
         try:
-            return flat(self.product(unflat(V, self.params), True), batched=True)
+            rows = V.mT.contiguous()
+            return flat(self.product(unflat(rows.mT, self.params), True), batched=True)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
