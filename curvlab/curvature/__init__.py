@@ -5,7 +5,7 @@ HOMES = {
     "roots": ["power", "inverse_root", "newton_inverse_root", "root_residual", "eigendecomposition", "grouped"],
     "solvers": ["cg", "CGResult", "lanczos", "LanczosResult"],
     "algebra": ["Operator", "Identity", "DiagonalOperator", "MatrixOperator", "as_operator", "Sum", "Scaled", "Product", "Transposed", "SubBlock", "flat", "unflat"],
-    "operators": ["NetworkOperator", "Batches", "Hessian", "GGN", "Residual", "Fisher", "Covariance", "hutchinson_diagonal", "hutchinson_trace"],
+    "operators": ["NetworkOperator", "Batches", "Hessian", "GGN", "Residual", "Fisher", "Covariance"],
     "jacobian": ["Jacobian", "NTK"],
     "preconditioners": ["Preconditioner", "Preconditioned", "preconditioner_of"],
     "structured": ["Dense", "Diagonal", "Kronecker", "KroneckerEigen", "KroneckerDifference", "BlockTridiagonal"],

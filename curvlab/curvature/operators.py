@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate
 from typing import Any
@@ -23,10 +22,9 @@ from ..likelihood import FISHERS
 from ..objective import Closure, Objective, bare
 
 # %% auto #0
-__all__ = ['log', 'DISTRIBUTIONS', 'counted', 'Batches', 'parameter_slots', 'push_forward', 'NetworkOperator', 'product', 'push',
-           'pull', 'parameter_ranges', 'parameter_index', 'parameter', 'layer', 'names', 'offsets', 'differentiate',
-           'Hessian', 'output_hessian', 'GGN', 'Residual', 'rank_one', 'Fisher', 'Covariance', 'Estimate',
-           'random_signs', 'hutchinson_diagonal', 'hutchinson_trace']
+__all__ = ['log', 'counted', 'Batches', 'parameter_slots', 'push_forward', 'NetworkOperator', 'product', 'push', 'pull',
+           'parameter_ranges', 'parameter_index', 'parameter', 'layer', 'names', 'offsets', 'differentiate', 'Hessian',
+           'output_hessian', 'GGN', 'Residual', 'rank_one', 'Fisher', 'Covariance']
 
 # %% ../../nbs/curvature/operators.ipynb #594f9cfc
 def _moved(x: Any, device: torch.device) -> Any:
@@ -492,68 +490,3 @@ class Covariance(NetworkOperator):
             return product
         mean = self.gradient().to(V.dtype)
         return product - torch.outer(mean, mean @ V)
-
-# %% ../../nbs/curvature/operators.ipynb #f71cdb3d
-@dataclass(frozen=True)
-class Estimate:
-    """A Monte-Carlo estimate.
-
-    Attributes:
-        value: mean of the samples.
-        standard_error: of the mean, same shape.
-        samples: their number.
-    """
-
-    value: Tensor
-    standard_error: Tensor
-    samples: int
-
-
-def random_signs(shape: Sequence[int], generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
-    "Independent entries +1 and -1 with equal probability (Rademacher)."
-    return torch.randint(0, 2, tuple(shape), generator=generator, device=device, dtype=torch.int8).to(dtype).mul_(2).sub_(1)
-
-
-DISTRIBUTIONS = ("signs", "normal")
-
-
-def _estimate(A: Any, samples: int, reduce_sample, distribution: str, generator: torch.Generator | None, block: int) -> Estimate:
-    "Mean and standard error of `reduce_sample(z * Az)` over random `z`, in blocks."
-    if samples < 2:
-        raise ValueError(f"samples={samples!r} gives no standard error; use at least 2")
-    if distribution not in DISTRIBUTIONS:
-        raise ValueError(f"distribution={distribution!r} is unknown; use one of {', '.join(DISTRIBUTIONS)}")
-    draws = []
-    for start in range(0, samples, block):
-        shape = (A.shape[0], min(block, samples - start))
-        Z = random_signs(shape, generator, A.dtype, A.device) if distribution == "signs" else torch.randn(shape, generator=generator, dtype=A.dtype, device=A.device)
-        d = reduce_sample(Z * (A @ Z)).double()
-        # count, mean and sum of squared deviations of a block; merged below (Chan et al.), which cancels less than sums of squares
-        draws.append((shape[1], d.mean(-1), d.var(-1, unbiased=False) * shape[1]))
-    count, mean, spread = draws[0]
-    for n, m, s in draws[1:]:
-        delta, total = m - mean, count + n
-        mean, spread, count = mean + delta * n / total, spread + s + delta**2 * count * n / total, total
-    return Estimate(mean.to(A.dtype), (spread / (count - 1) / count).sqrt().to(A.dtype), count)
-
-# %% ../../nbs/curvature/operators.ipynb #3c7fb45e
-def hutchinson_diagonal(A: Any, samples: int = 64, *, distribution: str = "signs", generator: torch.Generator | None = None, block: int = 32) -> Estimate:
-    """Diagonal of a matrix known by products, `E[z * Az]`.
-
-    Args:
-        A: anything with `@`, `shape`, `dtype` and `device`, e.g. an `Operator` or a tensor.
-        samples: number of products, `block` at a time; at least 2.
-        distribution: of `z`: `"signs"` or `"normal"`.
-        generator: on the device of `A`.
-
-    Returns: estimate with `value` and `standard_error` of shape `(n,)`.
-
-    Raises:
-        ValueError: too few samples or an unknown distribution.
-    """
-    return _estimate(A, samples, lambda d: d, distribution, generator, block)
-
-
-def hutchinson_trace(A: Any, samples: int = 64, *, distribution: str = "signs", generator: torch.Generator | None = None, block: int = 32) -> Estimate:
-    "Trace of a matrix known by products, `E[z'Az]`, a scalar; arguments as in `hutchinson_diagonal`."
-    return _estimate(A, samples, lambda d: d.sum(0), distribution, generator, block)
