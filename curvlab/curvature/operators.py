@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from itertools import accumulate
 from typing import Any
@@ -22,9 +22,10 @@ from ..likelihood import FISHERS
 from ..objective import Closure, Objective, bare
 
 # %% auto #0
-__all__ = ['log', 'counted', 'Batches', 'parameter_slots', 'push_forward', 'NetworkOperator', 'product', 'push', 'pull',
-           'parameter_ranges', 'parameter_index', 'parameter', 'layer', 'names', 'offsets', 'differentiate', 'Hessian',
-           'output_hessian', 'GGN', 'Residual', 'rank_one', 'Fisher', 'Covariance']
+__all__ = ['log', 'counted', 'Batches', 'parameter_slots', 'outputs_of', 'push_forward', 'push_gradient', 'NetworkOperator',
+           'product', 'forward_works', 'push', 'pull', 'parameter_ranges', 'parameter_index', 'parameter', 'layer',
+           'names', 'offsets', 'differentiate', 'Hessian', 'output_hessian', 'GGN', 'Residual', 'rank_one', 'Fisher',
+           'Covariance']
 
 # %% ../../nbs/curvature/operators.ipynb #594f9cfc
 def _moved(x: Any, device: torch.device) -> Any:
@@ -154,6 +155,26 @@ def parameter_slots(model: nn.Module, params: Sequence[Tensor]) -> dict[str, int
     return {f"{m}.{n}".lstrip("."): place[id(p)] for m, module in model.named_modules() for n, p in module._parameters.items() if id(p) in place}
 
 
+def outputs_of(closure: Closure, part: int) -> Callable[..., Tensor]:
+    "The model's outputs on one part as a function of the parameters' values, classes in dimension 1."
+    model, o, x = bare(closure.objective.model), closure.objective, closure.parts[part][0]
+    slots = parameter_slots(model, closure.params)
+
+    def outputs(*values: Tensor) -> Tensor:
+        args, kwargs = ((), x) if isinstance(x, dict) else ((x,) if isinstance(x, Tensor) else tuple(x), {})
+        f = torch.func.functional_call(model, {n: values[i] for n, i in slots.items()}, args, kwargs, tie_weights=False)
+        return f.movedim(o.class_dim, 1) if o.class_dim != 1 else f
+
+    return outputs
+
+
+def _carry(closure: Closure, part: int, function: Callable[..., Any], vs: Sequence[Tensor]) -> Any:
+    "Derivatives of a function of the parameters' values along vectors with a leading dimension, by forward mode."
+    values = tuple(p.detach() for p in closure.params)
+    with closure._replay(part, move_buffers=False), torch.no_grad(), closure._context(True):
+        return torch.func.vmap(lambda *v: torch.func.jvp(function, values, v)[1], randomness="same")(*vs)
+
+
 def push_forward(closure: Closure, part: int, vs: Sequence[Tensor]) -> Tensor:
     """`J v` of one part of a closure by forward-mode differentiation.
 
@@ -162,17 +183,16 @@ def push_forward(closure: Closure, part: int, vs: Sequence[Tensor]) -> Tensor:
 
     Returns: `(K, *outputs.shape)`, classes in dimension 1 of the outputs.
     """
-    model, o, x = bare(closure.objective.model), closure.objective, closure.parts[part][0]
-    slots, values = parameter_slots(model, closure.params), tuple(p.detach() for p in closure.params)
+    return _carry(closure, part, outputs_of(closure, part), vs)
 
-    def outputs(*values: Tensor) -> Tensor:
-        named = {n: values[i] for n, i in slots.items()}
-        args, kwargs = ((), x) if isinstance(x, dict) else ((x,) if isinstance(x, Tensor) else tuple(x), {})
-        f = torch.func.functional_call(model, named, args, kwargs, tie_weights=False)
-        return f.movedim(o.class_dim, 1) if o.class_dim != 1 else f
 
-    with closure._replay(part, move_buffers=False), torch.no_grad(), closure._context(True):
-        return torch.func.vmap(lambda *v: torch.func.jvp(outputs, values, v)[1], randomness="same")(*vs)
+def push_gradient(closure: Closure, part: int, vs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    "`H v` of one part's share of the loss, the gradient differentiated by forward mode; arguments and results `(K, *p.shape)` a parameter."
+    o, y, outputs = closure.objective, closure._counted[part], outputs_of(closure, part)
+    scale = closure.shares[part] / (len(y) if o.average == "examples" else 1)
+    # grad, not jacrev: the latter's derivatives through a layer norm are wrong (torch 2.13)
+    gradient = torch.func.grad(lambda *values: scale * o.loss(outputs(*values), y), argnums=tuple(range(len(closure.params))))
+    return _carry(closure, part, gradient, vs)
 
 # %% ../../nbs/curvature/operators.ipynb #5ae9c780
 class NetworkOperator(Operator):
@@ -221,28 +241,30 @@ def product(self: NetworkOperator, vs: list[Tensor], batched: bool = False) -> l
     return total
 
 
-def push(self: NetworkOperator, closure: Closure, part: int, graph: Any, vs: list[Tensor], batched: bool) -> Tensor:
-    "`J v`, by forward mode for blocks where it agrees with the graph."
-    if batched and len(vs[0]) >= 4 and self._forward is not False:
+def forward_works(self: NetworkOperator, fast: Callable[[list[Tensor]], Sequence[Tensor]], slow: Callable[[list[Tensor]], Sequence[Tensor | None]]) -> bool:
+    "Whether a batched forward-mode product exists and agrees, tensor by tensor, with one on the graph for a random vector; asked once."
+    if self._forward is None:
+        self._forward = False
+        generator = torch.Generator(self.device).manual_seed(0)
+        v = [torch.randn(p.shape, generator=generator, device=p.device, dtype=torch.float32).to(p.dtype) for p in self.params]
         try:
-            if self._forward is None:
-                self._forward = self._agrees(closure, part, graph)
-            if self._forward:
-                return push_forward(closure, part, vs)
+            wide = lambda t: t.detach().to(torch.promote_types(t.dtype, torch.float32))
+            pairs = [(wide(a[0]), wide(torch.zeros_like(a[0]) if b is None else b)) for a, b in zip(fast([t.unsqueeze(0) for t in v]), slow(v))]
+            errors, sizes = (torch.stack([torch.linalg.norm(t) for t in ts]) for ts in ([a - b for a, b in pairs], [b for _, b in pairs]))
+            tolerance = torch.finfo(self.dtype).eps ** 0.5
+            self._forward = bool((errors <= tolerance * sizes.clamp(min=1e-2 * torch.linalg.norm(sizes))).all())
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             log.debug("%s: no forward-mode differentiation (%s); backpropagating twice", type(self).__name__, str(error).splitlines()[0])
-            self._forward = False
+    return self._forward
+
+
+def push(self: NetworkOperator, closure: Closure, part: int, graph: Any, vs: list[Tensor], batched: bool) -> Tensor:
+    "`J v`, by forward mode for blocks where it agrees with the graph."
+    if batched and len(vs[0]) >= 4 and self.forward_works(lambda v: [push_forward(closure, part, v)], lambda v: [graph.jvp(v)]):
+        return push_forward(closure, part, vs)
     return graph.jvp(vs, batched)
-
-
-def _agrees(self: NetworkOperator, closure: Closure, part: int, graph: Any) -> bool:
-    "Whether both ways to `J v` give the same for a random vector."
-    generator = torch.Generator(self.device).manual_seed(0)
-    v = [torch.randn(p.shape, generator=generator, device=p.device, dtype=torch.float32).to(p.dtype) for p in self.params]
-    a, b = push_forward(closure, part, [t.unsqueeze(0) for t in v])[0], graph.jvp(v)
-    return bool(torch.linalg.norm((a - b).float()) <= torch.finfo(b.dtype).eps ** 0.5 * torch.linalg.norm(b.float()))
 
 
 def pull(self: NetworkOperator, graph: Any, cotangent: Tensor, batched: bool) -> Sequence[Tensor | None]:
@@ -251,7 +273,7 @@ def pull(self: NetworkOperator, graph: Any, cotangent: Tensor, batched: bool) ->
     return torch.autograd.grad(outputs, self.params, cotangent.to(outputs.dtype), retain_graph=True, allow_unused=True, is_grads_batched=batched)
 
 
-NetworkOperator.product, NetworkOperator.push, NetworkOperator._agrees, NetworkOperator.pull = product, push, _agrees, pull
+NetworkOperator.product, NetworkOperator.forward_works, NetworkOperator.push, NetworkOperator.pull = product, forward_works, push, pull
 
 # %% ../../nbs/curvature/operators.ipynb #71a28e6f
 def _columns(self: NetworkOperator) -> int:
@@ -366,6 +388,8 @@ class Hessian(NetworkOperator):
     def on_graph(self, closure, part, graph, vs, batched):
         if graph._grads is None:
             graph._grads = torch.autograd.grad(graph.loss, self.params, create_graph=True, allow_unused=True)
+        if batched and len(vs[0]) > 16 and self.forward_works(lambda v: push_gradient(closure, part, v), lambda v: differentiate(graph._grads, self.params, v, False)):
+            return push_gradient(closure, part, vs)
         return differentiate(graph._grads, self.params, vs, batched)
 
 
