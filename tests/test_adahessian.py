@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from curvlab import Objective
-from curvlab.curvature.operators import Hessian, random_signs
+from curvlab.curvature.estimators import random_signs
+from curvlab.curvature.operators import Hessian
 from curvlab.optim import AdaHessian
 
 

@@ -7,7 +7,7 @@ HOMES = {
     "spectrum": ["eigenpairs", "Eigenpairs", "exact_spectrum", "density", "Density", "spectral_norm", "condition_number", "Bounded"],
     "solvers": ["cg", "CGResult", "lanczos", "LanczosResult"],
     "algebra": ["Operator", "Identity", "DiagonalOperator", "MatrixOperator", "as_operator", "Sum", "Scaled", "Product", "Transposed", "SubBlock", "flat", "unflat"],
-    "operators": ["NetworkOperator", "Batches", "Hessian", "GGN", "Residual", "Fisher", "Covariance", "hutchinson_diagonal", "hutchinson_trace"],
+    "operators": ["NetworkOperator", "Batches", "Hessian", "GGN", "Residual", "Fisher", "Covariance"],
     "jacobian": ["Jacobian", "NTK"],
     "preconditioners": ["Preconditioner", "Preconditioned", "preconditioner_of"],
     "structured": ["Dense", "Diagonal", "Kronecker", "KroneckerEigen", "KroneckerDifference", "BlockTridiagonal"],

@@ -21,7 +21,7 @@ __all__ = ['flat', 'unflat', 'Operator', 'Identity', 'DiagonalOperator', 'Matrix
 # %% ../../nbs/curvature/algebra.ipynb #7f60ef09
 def flat(tensors: Sequence[Tensor], batched: bool = False) -> Tensor:
     "Tensors, one a parameter, as one vector `(n,)`; with `batched`, tensors `(K, ...)` as columns of a block `(n, K)`."
-    return torch.cat([t.flatten(1) for t in tensors], 1).mT if batched else torch.cat([t.flatten() for t in tensors])
+    return torch.cat([t.reshape(len(t), -1) for t in tensors], 1).mT if batched else torch.cat([t.flatten() for t in tensors])
 
 
 def unflat(v: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

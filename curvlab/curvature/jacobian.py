@@ -62,9 +62,10 @@ class Jacobian(NetworkOperator):
         batch = isinstance(x, (Tensor, tuple, dict))
         y = torch.zeros(len(_first_tensor(x)), device=_first_tensor(x).device) if batch else None
         super().__init__(_outputs_only(objective), x, y, chunk, progress)
-        _, closure = next(iter(self.data))
-        outputs = next(iter(closure._graphs())).evaluation.outputs
-        self.output_shape = outputs.shape[1:]
+        for _, closure in self.data:
+            for graph in closure._graphs():
+                self.output_shape = graph.evaluation.outputs.shape[1:]
+            break
         self.shape = (self.data.size * self.output_shape.numel(), self.shape[1])
 
     def _rows(self, graph: Any, part: int, closure: Closure) -> int:
@@ -142,7 +143,7 @@ def example_rows(closure: Closure, x: Any) -> Tensor:
     values = [p.detach() for p in closure.params]
     with closure._context(True):
         rows = torch.func.vmap(torch.func.jacrev(outputs), in_dims=(None, 0), randomness="different")(values, x)
-    return torch.cat([r.flatten(2) for r in rows], 2)
+    return torch.cat([r.reshape(*r.shape[:2], -1) for r in rows], 2)
 
 
 def row_blocks(self: Jacobian) -> Iterator[Tensor]:

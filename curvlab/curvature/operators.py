@@ -5,9 +5,9 @@
 # %% ../../nbs/curvature/operators.ipynb #b83e11bd
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from itertools import accumulate
 from typing import Any
@@ -22,10 +22,10 @@ from ..likelihood import FISHERS
 from ..objective import Closure, Objective, bare
 
 # %% auto #0
-__all__ = ['log', 'DISTRIBUTIONS', 'counted', 'Batches', 'parameter_slots', 'push_forward', 'NetworkOperator', 'product', 'push',
-           'pull', 'parameter_ranges', 'parameter_index', 'parameter', 'layer', 'names', 'offsets', 'Hessian',
-           'output_hessian', 'GGN', 'Residual', 'rank_one', 'Fisher', 'Covariance', 'Estimate', 'random_signs',
-           'hutchinson_diagonal', 'hutchinson_trace']
+__all__ = ['log', 'counted', 'Batches', 'parameter_slots', 'outputs_of', 'push_forward', 'push_gradient', 'NetworkOperator',
+           'product', 'forward_works', 'push', 'pull', 'parameter_ranges', 'parameter_index', 'parameter', 'layer',
+           'names', 'offsets', 'differentiate', 'Hessian', 'output_hessian', 'GGN', 'Residual', 'rank_one', 'Fisher',
+           'Covariance']
 
 # %% ../../nbs/curvature/operators.ipynb #594f9cfc
 def _moved(x: Any, device: torch.device) -> Any:
@@ -78,16 +78,22 @@ class Batches:
             return
         if isinstance(x, (Tensor, dict, tuple)) or not hasattr(x, "__iter__"):
             raise TypeError(f"y is missing and x is a {type(x).__name__}: pass a batch as x, y, or a list or DataLoader of (x, y) batches as x")
-        if iter(x) is x:
+        if hasattr(x, "__next__"):
             raise ValueError(f"x={x!r} can be read only once, but every product reads the data: pass a list or a DataLoader")
         self.loader = x
-        self._measure()
+        with self._undisturbed():
+            self._measure()
+
+    def _undisturbed(self) -> contextlib.AbstractContextManager:
+        "Puts the global random numbers back at the end."
+        return torch.random.fork_rng(devices=sorted({p.device for p in self.objective.params if p.device.type != "cpu"}, key=str))
 
 # %% ../../nbs/curvature/operators.ipynb #205dcc39
-def _pairs(self: Batches) -> Iterator[tuple[Any, Tensor]]:
-    "The loader's batches on the model's device."
-    batches = track(self.loader, "batches", transient=True) if self.progress else self.loader
-    for batch in batches:
+def _pairs(self: Batches, disturb: bool = False) -> Iterator[tuple[Any, Tensor]]:
+    "The loader's batches on the model's device; with `disturb` the loader may draw from the global random numbers, so that a shuffle shows."
+    with contextlib.nullcontext() if disturb else self._undisturbed():
+        batches = iter(self.loader)
+    for batch in track(batches, "batches", total=len(self.loader) if hasattr(self.loader, "__len__") else None, transient=True) if self.progress else batches:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
             raise TypeError(f"the loader yields a {type(batch).__name__}; each batch must be a pair (x, y) with a tensor y, e.g. through a collate_fn")
         yield _moved(batch[0], self.device), _moved(batch[1], self.device)
@@ -96,7 +102,7 @@ def _pairs(self: Batches) -> Iterator[tuple[Any, Tensor]]:
 def _measure(self: Batches) -> None:
     "Read the loader twice: shares and random states of the batches, and whether it yields the same data again."
     weights, sizes, first, self._frozen = [], [], [], []
-    for x, y in self._pairs():
+    for x, y in self._pairs(disturb=True):
         closure = self.objective.at(x, y, self.chunk)
         first.append(closure(backward=False))
         self._frozen.append(closure._frozen)
@@ -107,7 +113,7 @@ def _measure(self: Batches) -> None:
     self.size, total = sum(sizes), sum(weights)
     self.shares = weights if self.objective.average == "sum" else [w / total for w in weights]
     self._used = [bool(w > 0) for w in weights]
-    second = [self._at(i, x, y)(backward=False) for i, (x, y) in enumerate(self._pairs()) if i < len(first)]
+    second = [self._at(i, x, y)(backward=False) for i, (x, y) in enumerate(self._pairs(disturb=True)) if i < len(first)]
     a, b = torch.stack(first).double(), torch.stack(second).double()
     tolerance = torch.finfo(first[0].dtype).eps ** 0.5 / 100
     if len(a) != len(b) or not torch.allclose(a, b, rtol=tolerance, atol=0.0, equal_nan=True):
@@ -126,7 +132,9 @@ def _at(self: Batches, i: int, x: Any, y: Tensor) -> Closure:
 def _iterate(self: Batches) -> Iterator[tuple[float | Tensor, Closure]]:
     "Share and closure of each batch that counts."
     if self.closure is not None:
-        yield 1.0, self.closure
+        complete = len(self.closure._frozen) == len(self.closure.parts)
+        with contextlib.nullcontext() if complete else self._undisturbed():
+            yield 1.0, self.closure
         return
     for i, (x, y) in enumerate(self._pairs()):
         if i >= len(self.shares):
@@ -147,6 +155,26 @@ def parameter_slots(model: nn.Module, params: Sequence[Tensor]) -> dict[str, int
     return {f"{m}.{n}".lstrip("."): place[id(p)] for m, module in model.named_modules() for n, p in module._parameters.items() if id(p) in place}
 
 
+def outputs_of(closure: Closure, part: int) -> Callable[..., Tensor]:
+    "The model's outputs on one part as a function of the parameters' values, classes in dimension 1."
+    model, o, x = bare(closure.objective.model), closure.objective, closure.parts[part][0]
+    slots = parameter_slots(model, closure.params)
+
+    def outputs(*values: Tensor) -> Tensor:
+        args, kwargs = ((), x) if isinstance(x, dict) else ((x,) if isinstance(x, Tensor) else tuple(x), {})
+        f = torch.func.functional_call(model, {n: values[i] for n, i in slots.items()}, args, kwargs, tie_weights=False)
+        return f.movedim(o.class_dim, 1) if o.class_dim != 1 else f
+
+    return outputs
+
+
+def _carry(closure: Closure, part: int, function: Callable[..., Any], vs: Sequence[Tensor]) -> Any:
+    "Derivatives of a function of the parameters' values along vectors with a leading dimension, by forward mode."
+    values = tuple(p.detach() for p in closure.params)
+    with closure._replay(part, move_buffers=False), torch.no_grad(), closure._context(True):
+        return torch.func.vmap(lambda *v: torch.func.jvp(function, values, v)[1], randomness="same")(*vs)
+
+
 def push_forward(closure: Closure, part: int, vs: Sequence[Tensor]) -> Tensor:
     """`J v` of one part of a closure by forward-mode differentiation.
 
@@ -155,17 +183,16 @@ def push_forward(closure: Closure, part: int, vs: Sequence[Tensor]) -> Tensor:
 
     Returns: `(K, *outputs.shape)`, classes in dimension 1 of the outputs.
     """
-    model, o, x = bare(closure.objective.model), closure.objective, closure.parts[part][0]
-    slots, values = parameter_slots(model, closure.params), tuple(p.detach() for p in closure.params)
+    return _carry(closure, part, outputs_of(closure, part), vs)
 
-    def outputs(*values: Tensor) -> Tensor:
-        named = {n: values[i] for n, i in slots.items()}
-        args, kwargs = ((), x) if isinstance(x, dict) else ((x,) if isinstance(x, Tensor) else tuple(x), {})
-        f = torch.func.functional_call(model, named, args, kwargs, tie_weights=False)
-        return f.movedim(o.class_dim, 1) if o.class_dim != 1 else f
 
-    with closure._replay(part, move_buffers=False), torch.no_grad(), closure._context(True):
-        return torch.func.vmap(lambda *v: torch.func.jvp(outputs, values, v)[1], randomness="same")(*vs)
+def push_gradient(closure: Closure, part: int, vs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    "`H v` of one part's share of the loss, the gradient differentiated by forward mode; arguments and results `(K, *p.shape)` a parameter."
+    o, y, outputs = closure.objective, closure._counted[part], outputs_of(closure, part)
+    scale = closure.shares[part] / (len(y) if o.average == "examples" else 1)
+    # grad, not jacrev: the latter's derivatives through a layer norm are wrong (torch 2.13)
+    gradient = torch.func.grad(lambda *values: scale * o.loss(outputs(*values), y), argnums=tuple(range(len(closure.params))))
+    return _carry(closure, part, gradient, vs)
 
 # %% ../../nbs/curvature/operators.ipynb #5ae9c780
 class NetworkOperator(Operator):
@@ -178,8 +205,7 @@ class NetworkOperator(Operator):
         progress: show a progress bar over the batches.
     """
 
-    cost = "ggnvp"
-    pushes = True  # whether products begin with `J v`
+    cost = "ggnvp"  # the entry of `objective.cost` that counts products
 
     def __init__(self, objective: Objective, x: Any, y: Tensor | None = None, chunk: int | None = None, progress: bool = False):
         self.data = Batches(objective, x, y, chunk, progress)
@@ -215,28 +241,30 @@ def product(self: NetworkOperator, vs: list[Tensor], batched: bool = False) -> l
     return total
 
 
-def push(self: NetworkOperator, closure: Closure, part: int, graph: Any, vs: list[Tensor], batched: bool) -> Tensor:
-    "`J v`, by forward mode for blocks where it agrees with the graph."
-    if batched and len(vs[0]) >= 4 and self._forward is not False:
+def forward_works(self: NetworkOperator, fast: Callable[[list[Tensor]], Sequence[Tensor]], slow: Callable[[list[Tensor]], Sequence[Tensor | None]]) -> bool:
+    "Whether a batched forward-mode product exists and agrees, tensor by tensor, with one on the graph for a random vector; asked once."
+    if self._forward is None:
+        self._forward = False
+        generator = torch.Generator(self.device).manual_seed(0)
+        v = [torch.randn(p.shape, generator=generator, device=p.device, dtype=torch.float32).to(p.dtype) for p in self.params]
         try:
-            if self._forward is None:
-                self._forward = self._agrees(closure, part, graph)
-            if self._forward:
-                return push_forward(closure, part, vs)
+            wide = lambda t: t.detach().to(torch.promote_types(t.dtype, torch.float32))
+            pairs = [(wide(a[0]), wide(torch.zeros_like(a[0]) if b is None else b)) for a, b in zip(fast([t.unsqueeze(0) for t in v]), slow(v))]
+            errors, sizes = (torch.stack([torch.linalg.norm(t) for t in ts]) for ts in ([a - b for a, b in pairs], [b for _, b in pairs]))
+            tolerance = torch.finfo(self.dtype).eps ** 0.5
+            self._forward = bool((errors <= tolerance * sizes.clamp(min=1e-2 * torch.linalg.norm(sizes))).all())
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             log.debug("%s: no forward-mode differentiation (%s); backpropagating twice", type(self).__name__, str(error).splitlines()[0])
-            self._forward = False
+    return self._forward
+
+
+def push(self: NetworkOperator, closure: Closure, part: int, graph: Any, vs: list[Tensor], batched: bool) -> Tensor:
+    "`J v`, by forward mode for blocks where it agrees with the graph."
+    if batched and len(vs[0]) >= 4 and self.forward_works(lambda v: [push_forward(closure, part, v)], lambda v: [graph.jvp(v)]):
+        return push_forward(closure, part, vs)
     return graph.jvp(vs, batched)
-
-
-def _agrees(self: NetworkOperator, closure: Closure, part: int, graph: Any) -> bool:
-    "Whether both ways to `J v` give the same for a random vector."
-    generator = torch.Generator(self.device).manual_seed(0)
-    v = [torch.randn(p.shape, generator=generator, device=p.device, dtype=torch.float32).to(p.dtype) for p in self.params]
-    a, b = push_forward(closure, part, [t.unsqueeze(0) for t in v])[0], graph.jvp(v)
-    return bool(torch.linalg.norm((a - b).float()) <= torch.finfo(b.dtype).eps ** 0.5 * torch.linalg.norm(b.float()))
 
 
 def pull(self: NetworkOperator, graph: Any, cotangent: Tensor, batched: bool) -> Sequence[Tensor | None]:
@@ -245,27 +273,29 @@ def pull(self: NetworkOperator, graph: Any, cotangent: Tensor, batched: bool) ->
     return torch.autograd.grad(outputs, self.params, cotangent.to(outputs.dtype), retain_graph=True, allow_unused=True, is_grads_batched=batched)
 
 
-NetworkOperator.product, NetworkOperator.push, NetworkOperator._agrees, NetworkOperator.pull = product, push, _agrees, pull
+NetworkOperator.product, NetworkOperator.forward_works, NetworkOperator.push, NetworkOperator.pull = product, forward_works, push, pull
 
 # %% ../../nbs/curvature/operators.ipynb #71a28e6f
 def _columns(self: NetworkOperator) -> int:
     "Columns of a block that are multiplied at a time."
     if self.device.type != "cpu":
         return 64
-    if self.pushes:
-        return 16
     sizes: list[int] = []
-    _, closure = next(iter(self.data))
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()), lambda t: t), closure._replay(0, move_buffers=False), torch.enable_grad(), closure._context(True):
-        closure._forward(0, closure.shares[0], True)
-    return 16 if sum(sizes) <= 2**14 * len(sizes) else 1
+    for _, closure in self.data:
+        known = dict(closure._frozen)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()), lambda t: t), closure._replay(0, move_buffers=False), torch.enable_grad(), closure._context(True):
+            closure._forward(0, closure.shares[0], True)
+        closure._frozen = known  # this pass fixes no masks
+        break
+    return 32 if sum(sizes) <= 2**14 * len(sizes) else 16
 
 
 def _block(self: NetworkOperator, V: Tensor) -> Tensor:
     "Product with a slice of columns `(n, K)`, batched if that is possible."
     if self._batched and V.shape[1] > 1:
         try:
-            return flat(self.product(unflat(V, self.params), True), batched=True)
+            rows = V.mT.contiguous()
+            return flat(self.product(unflat(rows.mT, self.params), True), batched=True)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -334,13 +364,33 @@ def offsets(self: NetworkOperator) -> list[int]:
 NetworkOperator.parameter, NetworkOperator.layer, NetworkOperator.names, NetworkOperator.offsets = parameter, layer, property(names), property(offsets)
 
 # %% ../../nbs/curvature/operators.ipynb #70a3a123
+def differentiate(grads: Sequence[Tensor | None], params: Sequence[Tensor], vs: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
+    "Derivative of `sum <g, v>` in the parameters, keeping the graph; with `batched` for each `v` of a stack."
+    pairs = [(g, v.to(g.dtype)) for g, v in zip(grads, vs) if g is not None and g.requires_grad]
+    if not pairs:
+        return [None] * len(vs)
+    outputs, vectors = zip(*pairs)
+    if not batched:
+        return torch.autograd.grad(outputs, params, vectors, retain_graph=True, allow_unused=True)
+
+    def one(*vectors: Tensor) -> tuple[Tensor, ...]:
+        found = torch.autograd.grad(outputs, params, vectors, retain_graph=True, allow_unused=True)
+        return tuple(torch.zeros_like(p) if f is None else f for f, p in zip(found, params))
+
+    return torch.func.vmap(one)(*vectors)
+
+# %% ../../nbs/curvature/operators.ipynb #25f678ee
 class Hessian(NetworkOperator):
     "Hessian of the loss, for any loss that is twice differentiable; see `NetworkOperator` for the arguments."
 
-    cost, pushes = "hvp", False
+    cost = "hvp"
 
     def on_graph(self, closure, part, graph, vs, batched):
-        return graph.hvp(vs, batched)
+        if graph._grads is None:
+            graph._grads = torch.autograd.grad(graph.loss, self.params, create_graph=True, allow_unused=True)
+        if batched and len(vs[0]) > 16 and self.forward_works(lambda v: push_gradient(closure, part, v), lambda v: differentiate(graph._grads, self.params, v, False)):
+            return push_gradient(closure, part, vs)
+        return differentiate(graph._grads, self.params, vs, batched)
 
 
 def output_hessian(closure: Closure, graph: Any, v: Tensor, batched: bool) -> Tensor:
@@ -370,17 +420,14 @@ class GGN(NetworkOperator):
 class Residual(NetworkOperator):
     "Hessian minus Gauss-Newton matrix, `sum c_k (Hessian of output k)` with `c` the gradient of the loss in the outputs, by a product of its own; see `NetworkOperator` for the arguments."
 
-    cost, pushes = "hvp", False
+    cost = "hvp"
 
     def on_graph(self, closure, part, graph, vs, batched):
         outputs = graph.evaluation.outputs
         if not hasattr(graph, "pulled"):
             c, = torch.autograd.grad(graph.loss, outputs, retain_graph=True)
             graph.pulled = torch.autograd.grad(outputs, self.params, c, create_graph=True, allow_unused=True)
-        pairs = [(g, v) for g, v in zip(graph.pulled, vs) if g is not None and g.requires_grad]
-        if not pairs:
-            return [None] * len(vs)
-        return torch.autograd.grad([g for g, _ in pairs], self.params, [v.to(g.dtype) for g, v in pairs], retain_graph=True, allow_unused=True, is_grads_batched=batched)
+        return differentiate(graph.pulled, self.params, vs, batched)
 
 # %% ../../nbs/curvature/operators.ipynb #4a5781f0
 def rank_one(c: Tensor, jv: Tensor, batched: bool) -> Tensor:
@@ -467,68 +514,3 @@ class Covariance(NetworkOperator):
             return product
         mean = self.gradient().to(V.dtype)
         return product - torch.outer(mean, mean @ V)
-
-# %% ../../nbs/curvature/operators.ipynb #f71cdb3d
-@dataclass(frozen=True)
-class Estimate:
-    """A Monte-Carlo estimate.
-
-    Attributes:
-        value: mean of the samples.
-        standard_error: of the mean, same shape.
-        samples: their number.
-    """
-
-    value: Tensor
-    standard_error: Tensor
-    samples: int
-
-
-def random_signs(shape: Sequence[int], generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
-    "Independent entries +1 and -1 with equal probability (Rademacher)."
-    return torch.randint(0, 2, tuple(shape), generator=generator, device=device, dtype=torch.int8).to(dtype).mul_(2).sub_(1)
-
-
-DISTRIBUTIONS = ("signs", "normal")
-
-
-def _estimate(A: Any, samples: int, reduce_sample, distribution: str, generator: torch.Generator | None, block: int) -> Estimate:
-    "Mean and standard error of `reduce_sample(z * Az)` over random `z`, in blocks."
-    if samples < 2:
-        raise ValueError(f"samples={samples!r} gives no standard error; use at least 2")
-    if distribution not in DISTRIBUTIONS:
-        raise ValueError(f"distribution={distribution!r} is unknown; use one of {', '.join(DISTRIBUTIONS)}")
-    draws = []
-    for start in range(0, samples, block):
-        shape = (A.shape[0], min(block, samples - start))
-        Z = random_signs(shape, generator, A.dtype, A.device) if distribution == "signs" else torch.randn(shape, generator=generator, dtype=A.dtype, device=A.device)
-        d = reduce_sample(Z * (A @ Z)).double()
-        # count, mean and sum of squared deviations of a block; merged below (Chan et al.), which cancels less than sums of squares
-        draws.append((shape[1], d.mean(-1), d.var(-1, unbiased=False) * shape[1]))
-    count, mean, spread = draws[0]
-    for n, m, s in draws[1:]:
-        delta, total = m - mean, count + n
-        mean, spread, count = mean + delta * n / total, spread + s + delta**2 * count * n / total, total
-    return Estimate(mean.to(A.dtype), (spread / (count - 1) / count).sqrt().to(A.dtype), count)
-
-# %% ../../nbs/curvature/operators.ipynb #3c7fb45e
-def hutchinson_diagonal(A: Any, samples: int = 64, *, distribution: str = "signs", generator: torch.Generator | None = None, block: int = 32) -> Estimate:
-    """Diagonal of a matrix known by products, `E[z * Az]`.
-
-    Args:
-        A: anything with `@`, `shape`, `dtype` and `device`, e.g. an `Operator` or a tensor.
-        samples: number of products, `block` at a time; at least 2.
-        distribution: of `z`: `"signs"` or `"normal"`.
-        generator: on the device of `A`.
-
-    Returns: estimate with `value` and `standard_error` of shape `(n,)`.
-
-    Raises:
-        ValueError: too few samples or an unknown distribution.
-    """
-    return _estimate(A, samples, lambda d: d, distribution, generator, block)
-
-
-def hutchinson_trace(A: Any, samples: int = 64, *, distribution: str = "signs", generator: torch.Generator | None = None, block: int = 32) -> Estimate:
-    "Trace of a matrix known by products, `E[z'Az]`, a scalar; arguments as in `hutchinson_diagonal`."
-    return _estimate(A, samples, lambda d: d.sum(0), distribution, generator, block)

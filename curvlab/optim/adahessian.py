@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..curvature.operators import random_signs
+from ..curvature.estimators import random_signs
 from .engine import CurvatureOptimizer, NonFiniteError, count_step, require, wide, zeros_state
 
 # %% auto #0
