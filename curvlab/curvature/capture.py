@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from ..likelihood import FISHERS
-from ..objective import Evaluation
+from ..objective import Closure, Evaluation
 
 # %% auto #0
 __all__ = ['CONVOLUTIONS', 'SUPPORTED', 'LayerBlock', 'layer_blocks', 'patches', 'input_rows', 'output_rows', 'Use', 'Sample',
-           'stable_edge', 'LayerCapture']
+           'stable_edge', 'watch', 'LayerCapture', 'sweep']
 
 # %% ../../nbs/curvature/capture.ipynb #93b7e22b
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -32,12 +33,14 @@ class LayerBlock:
     """A weight (and its bias) with the modules that use it.
 
     `matrix(p_w, p_b)` arranges tensors of the parameters' shapes as `(groups, out / groups, in [+ 1])`; `split` is its inverse. A linear layer has one group.
+    Blocks of other kinds (`curvlab.curvature.capture_layers`) override `matrix`, `per_example` and `watch`.
     """
 
     name: str
     weight: nn.Parameter
     bias: nn.Parameter | None
     modules: list[nn.Module] = field(default_factory=list)
+    factored = True  # whether a gradient is a sum of outer products, so that a Kronecker product suggests itself
 
     @property
     def groups(self) -> int:
@@ -58,6 +61,10 @@ class LayerBlock:
             return [M.reshape(self.weight.shape)]
         return [M[..., :-1].reshape(self.weight.shape), M[..., -1].reshape(self.bias.shape)]
 
+    def per_example(self, a: Tensor, g: Tensor) -> Tensor:
+        "Gradients `(B, groups, out, in)` of the examples, from rows `a` `(groups, B, T, in)` and `g` `(groups, B, T, out)`."
+        return torch.einsum("kbto,kbti->bkoi", g, a)
+
 # %% ../../nbs/curvature/capture.ipynb #ee0f71e9
 def layer_blocks(model: nn.Module) -> list[LayerBlock]:
     """The trainable weights of linear and convolution layers, in the order of `model.named_modules()`.
@@ -71,6 +78,8 @@ def layer_blocks(model: nn.Module) -> list[LayerBlock]:
     blocks: dict[int, LayerBlock] = {}
     for name, module in model.named_modules():
         if not isinstance(module, SUPPORTED) or not module.weight.requires_grad or id(module.weight) in blocks:
+            continue
+        if id(module.weight) not in owners:  # computed from other parameters (weight norm)
             continue
         users = [m for _, m in owners[id(module.weight)]]
         if not all(isinstance(m, SUPPORTED) and m.weight is module.weight and type(m) is type(module) for m in users):
@@ -124,19 +133,26 @@ def output_rows(module: nn.Module, g: Tensor) -> Tensor:
 # %% ../../nbs/curvature/capture.ipynb #67d70066
 @dataclass
 class Use:
-    "One application of a block in a forward pass."
+    """One application of a block in a forward pass.
+
+    Attributes:
+        inputs: computes the input rows.
+        outputs: turns a gradient of the output into rows.
+        shape: of the output.
+        edge: where autograd delivers the output's gradient.
+    """
 
     block: LayerBlock
-    module: nn.Module
-    input: Tensor
-    shape: torch.Size  # of the output
+    inputs: Callable[[], Tensor]
+    outputs: Callable[[Tensor], Tensor]
+    shape: torch.Size
     edge: Any
     _rows: Tensor | None = None
 
     def a(self) -> Tensor:
         "Input rows, computed once however many cotangents are pulled back."
         if self._rows is None:
-            self._rows = input_rows(self.block, self.module, self.input)
+            self._rows = self.inputs()
         return self._rows
 
 
@@ -147,11 +163,13 @@ class Sample:
     Attributes:
         a: `(groups, B, T, in [+ 1])`.
         g: `(groups, B, T, out)`, gradients of the loss (weight `w` inside).
+        examples: how many examples the forward pass had. `B` is the size of the layer's first dimension, which a model is free to use for something else.
     """
 
     block: LayerBlock
     a: Tensor
     g: Tensor
+    examples: int = 0
 
 # %% ../../nbs/curvature/capture.ipynb #b660c701
 def stable_edge(output: Tensor) -> tuple[Tensor, Any]:
@@ -162,6 +180,28 @@ def stable_edge(output: Tensor) -> tuple[Tensor, Any]:
     return output, get_gradient_edge(source)
 
 # %% ../../nbs/curvature/capture.ipynb #08ecced3
+@contextlib.contextmanager
+def watch(self: LayerBlock, record: Callable[[Use], None]) -> Iterator[None]:
+    "For the duration of a forward pass, call `record` with every use of the block."
+    def hook(module, args, kwargs, output):
+        # a layer in a no-grad region, or one whose output needs no gradient, has nothing to observe
+        if isinstance(output, Tensor) and output.requires_grad:
+            output, edge = stable_edge(output)
+            x = (args[0] if args else kwargs["input"]).detach()
+            record(Use(self, partial(input_rows, self, module, x), partial(output_rows, module), output.shape, edge))
+            return output
+
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in self.modules]
+    try:
+        yield
+    finally:
+        for h in handles:
+            h.remove()
+
+
+LayerBlock.watch = watch
+
+# %% ../../nbs/curvature/capture.ipynb #600c0be5
 class LayerCapture:
     """Observer that collects layer inputs and output-gradients.
 
@@ -184,23 +224,12 @@ class LayerCapture:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        "Hooks on the watched modules for the duration of a forward pass."
+        "Watch the blocks for the duration of a forward pass."
         self.uses = []
-        handles = []
-        for block in self.blocks:
-            for module in block.modules:
-                def hook(module, args, kwargs, output, block=block):
-                    # a layer in a no-grad region, or one whose output needs no gradient, has nothing to observe
-                    if isinstance(output, Tensor) and output.requires_grad:
-                        output, edge = stable_edge(output)
-                        self.uses.append(Use(block, module, (args[0] if args else kwargs["input"]).detach(), output.shape, edge))
-                        return output
-                handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        try:
+        with contextlib.ExitStack() as stack:
+            for block in self.blocks:
+                stack.enter_context(block.watch(self.uses.append))
             yield
-        finally:
-            for h in handles:
-                h.remove()
 
     @property
     def edges(self) -> list[Any]:
@@ -221,11 +250,30 @@ class LayerCapture:
         for k, cotangent in enumerate(evaluation.cotangents(self.curvature, generator)):
             self._collect(evaluation, evaluation.pull_back(cotangent, [u.edge for u in self.uses]), k == 0)
 
-# %% ../../nbs/curvature/capture.ipynb #600c0be5
-def _collect(self: LayerCapture, evaluation: Evaluation, grads: Sequence[Tensor | None], first: bool) -> None:
+# %% ../../nbs/curvature/capture.ipynb #5c8572b3
+def _collect(self: LayerCapture, evaluation: Evaluation, grads: Sequence[Tensor | None], first: bool, draws: int = 1) -> None:
     "Hand one cotangent's rows over."
-    samples = [Sample(u.block, u.a(), output_rows(u.module, g.reshape(u.shape))) for u, g in zip(self.uses, grads) if g is not None]
-    self.collect(samples, evaluation.weight, first)
+    samples = [Sample(u.block, u.a(), u.outputs(g.reshape(u.shape)), len(evaluation.targets)) for u, g in zip(self.uses, grads) if g is not None]
+    self.collect(samples, evaluation.weight * draws, first)
 
 
-LayerCapture._collect = _collect
+def sweep(self: LayerCapture, closure: Closure, draws: int = 1) -> None:
+    """Statistics of a closure's batch and nothing else: no parameter gradient is formed, `p.grad` and buffers stay as they are.
+
+    Args:
+        draws: sampled targets an example, for `"fisher-mc"`; `collect` is told the weight of a term times `draws`, so that its sum is the average over draws.
+    """
+    generator = self.generator() if self.generator else None
+    for part, share in enumerate(closure.shares):
+        with closure._replay(part, move_buffers=False), torch.enable_grad():
+            with closure._context(False), self.recording():
+                evaluation, _ = closure._forward(part, share, True)
+            edges, first = [u.edge for u in self.uses], True
+            for _ in range(draws if edges else 0):
+                for cotangent in evaluation.cotangents(self.curvature, generator):
+                    self._collect(evaluation, evaluation.pull_back(cotangent, edges), first, draws)
+                    first = False
+        self.uses = []
+
+
+LayerCapture._collect, LayerCapture.sweep = _collect, sweep
