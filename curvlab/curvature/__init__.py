@@ -5,8 +5,10 @@ HOMES = {
     "roots": ["power", "inverse_root", "newton_inverse_root", "root_residual", "eigendecomposition", "grouped"],
     "solvers": ["cg", "CGResult", "lanczos", "LanczosResult"],
     "operators": ["Operator", "Hessian", "GGN", "Fisher", "Identity", "hutchinson_diagonal", "hutchinson_trace"],
-    "structured": ["Dense", "Diagonal", "Kronecker", "KroneckerEigen", "KroneckerDifference", "BlockTridiagonal"],
+    "structured": ["Dense", "Diagonal", "Kronecker", "KroneckerDiagonal", "KroneckerEigen", "LowRankDiagonal", "BlockDiagonal", "KroneckerDifference", "BlockTridiagonal"],
     "capture": ["LayerCapture", "layer_blocks"],
+    "capture_layers": ["curvature_blocks"],
+    "approximations": ["StructuredOperator", "diagonal", "block_diagonal", "kfac", "ekfac", "low_rank", "kronecker_error"],
     "shaping": ["blocks", "merge_dims", "unfold", "fold"],
 }
 
