@@ -8,7 +8,8 @@ HOMES = {
     "structured": ["Dense", "Diagonal", "Kronecker", "KroneckerDiagonal", "KroneckerEigen", "LowRankDiagonal", "BlockDiagonal", "KroneckerDifference", "BlockTridiagonal"],
     "capture": ["LayerCapture", "layer_blocks"],
     "capture_layers": ["curvature_blocks"],
-    "approximations": ["StructuredOperator", "diagonal", "block_diagonal", "kfac", "ekfac", "low_rank", "kronecker_error"],
+    "structured_operator": ["StructuredOperator", "low_rank"],
+    "approximations": ["diagonal", "block_diagonal", "kfac", "ekfac", "kronecker_error"],
     "shaping": ["blocks", "merge_dims", "unfold", "fold"],
 }
 

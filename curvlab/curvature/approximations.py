@@ -15,143 +15,17 @@ from torch import Tensor
 
 from .capture import LayerBlock, LayerCapture, Sample
 from .capture_layers import EmbeddingBlock, NormBlock, curvature_blocks
-from .operators import Operator
-from .solvers import lanczos
-from .structured import BlockDiagonal, Dense, Diagonal, Kronecker, KroneckerDiagonal, KroneckerEigen, LowRankDiagonal
+from .structured import BlockDiagonal, Dense, Diagonal, Kronecker, KroneckerDiagonal, KroneckerEigen
+from .structured_operator import StructuredOperator
 from ..likelihood import FISHERS
 from ..objective import Closure, Objective
 from ..replay import bare, say_once
 
 # %% auto #0
-__all__ = ['BY', 'SHARING', 'UNSUPPORTED', 'StructuredOperator', 'by_example', 'wide', 'per_example', 'GradientSums', 'DenseSums',
-           'DiagonalSums', 'KroneckerSums', 'EigenSums', 'batches_of', 'Target', 'gather', 'share_rows', 'single',
-           'example_pullbacks', 'places', 'model_targets', 'diagonal', 'dense_targets', 'rest_target', 'block_diagonal',
-           'exact_target', 'kronecker_targets', 'kfac', 'ekfac', 'exact_diagonal', 'low_rank', 'Probed', 'ProbeSums',
-           'BlockError', 'block_error', 'kronecker_error']
-
-# %% ../../nbs/curvature/approximations.ipynb #2c6682b7
-class StructuredOperator(Operator):
-    """A block-diagonal matrix over a flat parameter vector.
-
-    Args:
-        blocks: name → `(index, structured matrix)`; `index` holds flat positions, in the shape of the tensors on which the matrix acts. Positions that no block has are zero rows.
-        n: length of the vector.
-        dtype, device: of the vector.
-
-    `A @ v` takes `(n,)` and `(n, K)`. Unlike for an operator that is known by products only, `solve` is direct and returns the solution itself.
-    """
-
-    def __init__(self, blocks: dict[str, tuple[Tensor, Any]], n: int, dtype: torch.dtype, device: torch.device):
-        self.index = {name: index for name, (index, _) in blocks.items()}
-        self.blocks = {name: matrix for name, (_, matrix) in blocks.items()}
-        self.shape, self.dtype, self.device = (n, n), dtype, device
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.blocks)
-
-    @property
-    def whole(self) -> BlockDiagonal:
-        "All blocks as one structured matrix, acting on a list of tensors."
-        return BlockDiagonal(list(self.blocks.values()))
-
-    def _with(self, blocks: Iterable[Any]) -> StructuredOperator:
-        "The same places, other matrices."
-        return StructuredOperator({name: (self.index[name], M) for name, M in zip(self.blocks, blocks)}, self.shape[0], self.dtype, self.device)
-
-    def _apply(self, v: Tensor, function: Callable[[list[Tensor]], list[Tensor]]) -> Tensor:
-        "`function` on the pieces of `v` `(n,)` or of the columns of `(n, K)`."
-        rows = v.mT if v.ndim == 2 else v
-        out = torch.zeros_like(rows)
-        for index, piece in zip(self.index.values(), function([rows[..., index] for index in self.index.values()])):
-            out[..., index] = piece
-        return out.mT if v.ndim == 2 else out
-
-    def _matmat(self, V: Tensor) -> Tensor:
-        return self._apply(V, lambda pieces: self.whole @ pieces)
-
-# %% ../../nbs/curvature/approximations.ipynb #38e16a01
-def _solve(self: StructuredOperator, b: Tensor) -> Tensor:
-    """`A^-1 b` for `b` `(n,)` or `(n, K)`; add damping first where a block is singular.
-
-    Raises:
-        ValueError: `b` has another shape, or a position of the vector belongs to no block.
-    """
-    if b.ndim not in (1, 2) or len(b) != self.shape[0]:
-        raise ValueError(f"b has shape {tuple(b.shape)}; pass ({self.shape[0]},) or ({self.shape[0]}, K)")
-    covered = sum(index.numel() for index in self.index.values())
-    if covered < self.shape[0]:
-        raise ValueError(f"{self.shape[0] - covered} of {self.shape[0]} positions belong to no block, where the matrix is zero; solve for A.layer(name), or leave no parameter unsupported")
-    return self._apply(b, self.whole.solve)
-
-
-def _damped(self: StructuredOperator, lam: float | Tensor, damping_in: str = "eigenbasis") -> StructuredOperator:
-    """`A + lam I` on the entries of the blocks.
-
-    Args:
-        damping_in: of Kronecker products: `"eigenbasis"` (exact) or `"factored"` (each factor gets its share, see `Kronecker.damped`).
-
-    Raises:
-        ValueError: unknown `damping_in`.
-    """
-    if damping_in not in ("eigenbasis", "factored"):
-        raise ValueError(f"damping_in={damping_in!r} is unknown; use 'eigenbasis' or 'factored'")
-    exact = lambda M: M.eigen() if damping_in == "eigenbasis" and hasattr(M, "eigen") else M
-    return self._with(exact(M).damped(lam) for M in self.blocks.values())
-
-
-def _layer(self: StructuredOperator, name: str) -> StructuredOperator:
-    """The part that belongs to a layer, over its own entries in the order of the flat vector.
-
-    Args:
-        name: of a block, or of a module that holds several.
-
-    Raises:
-        ValueError: there is no such block.
-    """
-    mine = [k for k in self.blocks if k == name or k.startswith(name + ".")]
-    if not mine:
-        raise ValueError(f"name={name!r} is no block; there are {', '.join(self.blocks)}")
-    places = torch.cat([self.index[k].flatten() for k in mine]).sort().values
-    return StructuredOperator({k: (torch.searchsorted(places, self.index[k].contiguous()), self.blocks[k]) for k in mine}, len(places), self.dtype, self.device)
-
-
-StructuredOperator.solve, StructuredOperator.damped, StructuredOperator.layer = _solve, _damped, _layer
-
-# %% ../../nbs/curvature/approximations.ipynb #e8d8538e
-def _inverse(self: StructuredOperator) -> StructuredOperator:
-    "The inverse of every block."
-    return self._with(self.whole.inverse().blocks)
-
-
-def _power(self: StructuredOperator, p: float) -> StructuredOperator:
-    "A real power of every block; positive definite blocks for negative `p`."
-    return self._with(self.whole.power(p).blocks)
-
-
-def _diagonal(self: StructuredOperator) -> Tensor:
-    "The diagonal `(n,)`."
-    out = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
-    for index, entries in zip(self.index.values(), self.whole.diagonal()):
-        out[index] = entries.reshape(index.shape)
-    return out
-
-
-def _to_dense(self: StructuredOperator) -> Tensor:
-    "The matrix itself `(n, n)`."
-    out = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-    for index, M in zip(self.index.values(), self.blocks.values()):
-        D = M.to_dense()
-        for places, block in zip(index.reshape(-1, D.shape[-1]), D.reshape(-1, *D.shape[-2:])):
-            out[places[:, None], places] = block
-    return out
-
-
-StructuredOperator.inverse, StructuredOperator.power, StructuredOperator.diagonal, StructuredOperator.to_dense = _inverse, _power, _diagonal, _to_dense
-StructuredOperator.trace = lambda self: self.whole.trace()
-StructuredOperator.logdet = lambda self: self.whole.logdet()
-StructuredOperator.frobenius_norm = lambda self: self.whole.frobenius_norm()
-StructuredOperator.spectral_norm = lambda self: self.whole.spectral_norm()
+__all__ = ['BY', 'SHARING', 'UNSUPPORTED', 'by_example', 'wide', 'per_example', 'GradientSums', 'DenseSums', 'DiagonalSums',
+           'KroneckerSums', 'EigenSums', 'batches_of', 'Target', 'gather', 'share_rows', 'single', 'example_pullbacks',
+           'places', 'model_targets', 'diagonal', 'dense_targets', 'rest_target', 'block_diagonal', 'exact_target',
+           'kronecker_targets', 'kfac', 'ekfac', 'Probed', 'ProbeSums', 'BlockError', 'block_error', 'kronecker_error']
 
 # %% ../../nbs/curvature/approximations.ipynb #9a7e30b0
 def by_example(rows: Tensor, n: int, name: str) -> Tensor:
@@ -538,42 +412,6 @@ def ekfac(objective: Objective, data: Any, curvature: str = "fisher-mc", sharing
     factors = kfac(objective, data := batches_of(data), curvature, sharing, seed=seed, samples=samples, unsupported=unsupported, elementwise=elementwise, chunk=chunk)
     of_layer = lambda b: EigenSums(factors.blocks[b.name].eigen()) if hasattr(factors.blocks[b.name], "eigen") else DiagonalSums()
     return gather(objective, data, kronecker_targets(objective, of_layer, unsupported, elementwise), curvature, seed, samples, chunk)
-
-# %% ../../nbs/curvature/approximations.ipynb #6ca743d8
-def exact_diagonal(A: Any, block: int = 64) -> Tensor:
-    "Diagonal `(n,)` of a matrix; of an operator that does not offer it, from `n` products, `block` at a time."
-    if hasattr(A, "diagonal"):
-        return A.diagonal()
-    eye = torch.eye(A.shape[0], dtype=A.dtype, device=A.device)
-    return torch.cat([(A @ eye[:, i : i + block])[i : i + block].diagonal() for i in range(0, len(eye), block)])
-
-
-def low_rank(A: Any, rank: int, *, tol: float = 1e-6, seed: int = 0, block: int = 64) -> StructuredOperator:
-    """`U diag(s) U^T + diag(d)` with the `rank` largest eigenvalues of `A` and the diagonal of what is left, at least 0.
-
-    Args:
-        A: symmetric, positive semi-definite: an `Operator` or a matrix.
-        rank: number of eigenpairs, from Lanczos iterations that continue until each residual is below `tol` times the largest eigenvalue.
-        seed: of the starting vector.
-        block: columns at a time for the diagonal, which takes `n` products unless `A` is structured.
-
-    Raises:
-        ValueError: `rank` is not between 1 and `n`.
-    """
-    n = A.shape[0]
-    if not 1 <= rank <= n:
-        raise ValueError(f"rank={rank!r}; choose it between 1 and {n}")
-    generator = torch.Generator(A.device).manual_seed(seed)
-    start, steps = torch.randn(n, generator=generator, dtype=A.dtype, device=A.device), min(n, 2 * rank + 20)
-    while True:
-        ritz = lanczos(lambda v: A @ v, start, steps, generator)
-        if steps == n or bool((ritz.residuals[-rank:] <= tol * ritz.values[-1].abs()).all()):
-            break
-        steps = min(n, 2 * steps)
-    s, U = ritz.values[-rank:], ritz.vectors[:, -rank:]
-    d = (exact_diagonal(A, block) - U**2 @ s).clamp(min=0)
-    index = torch.arange(n, device=A.device).view(1, 1, n)
-    return StructuredOperator({"all": (index, LowRankDiagonal(U.unsqueeze(0), s.unsqueeze(0), d.view(1, 1, n)))}, n, A.dtype, A.device)
 
 # %% ../../nbs/curvature/approximations.ipynb #c94e196d
 @dataclass
