@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .capture import LayerBlock, LayerCapture, Sample
-from .capture_layers import EmbeddingBlock, NormBlock, curvature_blocks
+from .capture_layers import EmbeddingBlock, NormBlock, curvature_blocks, unrolling
 from .structured import BlockDiagonal, Dense, Diagonal, Kronecker, KroneckerDiagonal, KroneckerEigen
 from .structured_operator import StructuredOperator
 from ..likelihood import FISHERS
@@ -138,10 +138,13 @@ class KroneckerSums:
         self.examples += examples * first
 
     def _reduced(self, block, rows):
-        "One row an example: the mean input and the sum of the output-gradients."
-        positions = sum(g.shape[2] for _, g in rows)
-        total = sum(a.sum(2) if a.is_floating_point() else block.one_hot_sum(a) for a, _ in rows)
-        return [(total.unsqueeze(2) / positions, sum(g.sum(2) for _, g in rows).unsqueeze(2))]
+        "One row an example: the mean input (of an embedding, without padding) and the sum of the output-gradients."
+        if rows[0][0].is_floating_point():
+            mean = sum(a.sum(2) for a, _ in rows) / sum(a.shape[2] for a, _ in rows)
+        else:
+            total = sum(block.one_hot_sum(a) for a, _ in rows)
+            mean = total / total.sum(-1, keepdim=True).clamp(min=1)
+        return [(mean.unsqueeze(2), sum(g.sum(2) for _, g in rows).unsqueeze(2))]
 
     def structure(self, scale):
         A, G = self.A / self.examples, self.G * scale * (self.examples / self.rows)
@@ -266,7 +269,7 @@ def example_pullbacks(closure: Closure, names: list[str], curvature: str, genera
     pull = torch.func.vmap(torch.func.grad(inner), in_dims=(None, 0, 0), randomness="different")
     for part, share in enumerate(closure.shares):
         x = closure.parts[part][0]
-        with closure._replay(part, move_buffers=False), closure._context(True):
+        with closure._replay(part, move_buffers=False), closure._context(True), unrolling(model):
             evaluation, _ = closure._forward(part, share, True)
             for _ in range(draws):
                 for c in evaluation.cotangents(curvature, generator):

@@ -22,7 +22,7 @@ from ..replay import bare
 
 # %% auto #0
 __all__ = ['CHANNEL_NORMS', 'NORMS', 'EmbeddingBlock', 'normalised', 'NormBlock', 'watch_output', 'ProjectionBlock',
-           'recording_linear', 'examples_in', 'watch_projection', 'cell', 'one_direction', 'unrolled',
+           'recording_linear', 'examples_in', 'watch_projection', 'cell', 'one_direction', 'unrolled', 'unrolling',
            'attention_blocks', 'recurrent_blocks', 'simple_block', 'curvature_blocks']
 
 # %% ../../nbs/curvature/capture_layers.ipynb #75bd3fb3
@@ -264,6 +264,19 @@ def unrolled(module: nn.RNNBase, input: Tensor, hx: Any = None) -> tuple[Tensor,
     x = x.squeeze(1) if not batched else x.transpose(0, 1) if module.batch_first else x
     h, c = (torch.stack(states) if batched else torch.stack(states).squeeze(1) for states in (hs, cs))
     return x, (h, c) if lstm else h
+
+# %% ../../nbs/curvature/capture_layers.ipynb #4a0b455f
+@contextlib.contextmanager
+def unrolling(model: nn.Module) -> Iterator[None]:
+    "Run the recurrent layers of `model` unrolled: `torch.func` cannot vectorise their fused kernels."
+    layers = [m for m in model.modules() if isinstance(m, nn.RNNBase) and "forward" not in m.__dict__]
+    for m in layers:
+        m.forward = partial(unrolled, m)
+    try:
+        yield
+    finally:
+        for m in layers:
+            del m.forward
 
 # %% ../../nbs/curvature/capture_layers.ipynb #abb9489b
 def attention_blocks(name: str, module: nn.MultiheadAttention) -> list[LayerBlock]:
