@@ -23,9 +23,10 @@ from ..replay import bare, say_once
 
 # %% auto #0
 __all__ = ['BY', 'SHARING', 'UNSUPPORTED', 'by_example', 'wide', 'per_example', 'GradientSums', 'DenseSums', 'DiagonalSums',
-           'KroneckerSums', 'EigenSums', 'batches_of', 'Target', 'gather', 'share_rows', 'single', 'example_pullbacks',
-           'places', 'model_targets', 'diagonal', 'dense_targets', 'rest_target', 'block_diagonal', 'exact_target',
-           'kronecker_targets', 'kfac', 'ekfac', 'Probed', 'ProbeSums', 'BlockError', 'block_error', 'kronecker_error']
+           'gram', 'KroneckerSums', 'EigenSums', 'batches_of', 'Target', 'gather', 'share_rows', 'reduced', 'single',
+           'example_pullbacks', 'places', 'model_targets', 'diagonal', 'dense_targets', 'rest_target', 'block_diagonal',
+           'exact_target', 'kronecker_targets', 'kfac', 'ekfac', 'Probed', 'ProbeSums', 'BlockError', 'block_error',
+           'kronecker_error']
 
 # %% ../../nbs/curvature/approximations.ipynb #9a7e30b0
 def by_example(rows: Tensor, n: int, name: str) -> Tensor:
@@ -57,7 +58,7 @@ def per_example(block: LayerBlock, rows: list[tuple[Tensor, Tensor]]) -> Tensor:
 class GradientSums:
     "Sum of something quadratic in the gradients of examples."
 
-    by_examples = True
+    rows_as = "examples"  # what `see` gets; K-FAC takes them as "given", or "reduced" to one row an example
 
     def __init__(self):
         self.total = None
@@ -110,44 +111,40 @@ class DiagonalSums(GradientSums):
         return Diagonal(self.total * scale)
 
 # %% ../../nbs/curvature/approximations.ipynb #c57485f3
+def gram(rows: Tensor, before: Tensor | None, factor: Tensor | float | None = None) -> Tensor:
+    "`before + factor * sum of r r^T` over rows `(groups, B, T, d)`: `(groups, d, d)`, added in place."
+    r = rows.flatten(1, 2)
+    scaled = r if factor is None else r * factor
+    if len(r) > 1:
+        return scaled.mT @ r if before is None else before.baddbmm_(scaled.mT, r)
+    return (scaled[0].mT @ r[0]).unsqueeze(0) if before is None else before[0].addmm_(scaled[0].mT, r[0]).unsqueeze(0)
+
+
 class KroneckerSums:
     "Factors `A` and `G` of one block."
 
     def __init__(self, sharing: str):
-        self.by_examples = sharing == "reduce"
-        self.A, self.G, self.rows, self.examples = 0.0, 0.0, 0, 0
+        self.rows_as = "reduced" if sharing == "reduce" else "given"
+        self.A, self.G, self.rows, self.examples = None, None, 0, 0
 
     @property
     def empty(self) -> bool:
         return self.examples == 0
 
     def see(self, block: LayerBlock, rows: list[tuple[Tensor, Tensor]], factor: Tensor | float, first: bool, examples: int) -> None:
-        if self.by_examples:
-            rows = self._reduced(block, rows)
         for a, g in rows:
-            g = g.flatten(1, 2)
-            self.G = self.G + (g.mT @ g) * factor
+            self.G = gram(g, self.G, factor)
             if not first:
                 continue
             if a.is_floating_point():
-                a = a.flatten(1, 2)
-                self.A, self.rows = self.A + a.mT @ a, self.rows + a.shape[1]
+                self.A, self.rows = gram(a, self.A), self.rows + a.shape[1] * a.shape[2]
             else:
                 counts = block.counts(a)
-                self.A, self.rows = self.A + counts, self.rows + counts.sum()
+                self.A, self.rows = counts if self.A is None else self.A + counts, self.rows + counts.sum()
         self.examples += examples * first
 
-    def _reduced(self, block, rows):
-        "One row an example: the mean input (of an embedding, without padding) and the sum of the output-gradients."
-        if rows[0][0].is_floating_point():
-            mean = sum(a.sum(2) for a, _ in rows) / sum(a.shape[2] for a, _ in rows)
-        else:
-            total = sum(block.one_hot_sum(a) for a, _ in rows)
-            mean = total / total.sum(-1, keepdim=True).clamp(min=1)
-        return [(mean.unsqueeze(2), sum(g.sum(2) for _, g in rows).unsqueeze(2))]
-
     def structure(self, scale):
-        A, G = self.A / self.examples, self.G * scale * (self.examples / self.rows)
+        A, G = self.A.div_(self.examples), self.G.mul_(scale * (self.examples / self.rows))
         return Kronecker(A, G) if A.ndim == 3 else KroneckerDiagonal(A, G)
 
 # %% ../../nbs/curvature/approximations.ipynb #56781600
@@ -242,10 +239,29 @@ def share_rows(feeds: dict[str, list[Any]], samples: list[Sample], factor: Tenso
         uses.setdefault(s.block.name, []).append(s)
     for name, mine in uses.items():
         block, n = mine[0].block, mine[0].examples
-        rows = [(wide(s.a), wide(s.g)) for s in mine]
         for sums in feeds[name]:
-            own = [(by_example(a, n, name), by_example(g, n, name)) for a, g in rows] if sums.by_examples else rows
-            sums.see(block, own, factor, first, n)
+            if sums.rows_as == "reduced":
+                rows = [reduced(mine, n, name)]
+            else:
+                rows = [(wide(s.a), wide(s.g)) for s in mine]
+                rows = rows if sums.rows_as == "given" else [(by_example(a, n, name), by_example(g, n, name)) for a, g in rows]
+            sums.see(block, rows, factor, first, n)
+
+
+def reduced(samples: list[Sample], n: int, name: str) -> tuple[Tensor, Tensor]:
+    "One row an example `(groups, n, 1, ...)`: the mean input over the positions of all uses (of an embedding, without padding), and the sum of the output-gradients."
+    total, count = 0, 0
+    for s in samples:
+        if s.use.sums is not None and s.g.shape[1] == n:
+            total, count = total + wide(s.use.sums()), count + s.g.shape[2]
+        elif s.a.is_floating_point():
+            a = by_example(s.a, n, name)
+            total, count = total + wide(a).sum(2), count + a.shape[2]
+        else:
+            hot = s.block.one_hot_sum(by_example(s.a, n, name))
+            total, count = total + hot, count + hot.sum(-1, keepdim=True)
+    count = count.clamp(min=1) if isinstance(count, Tensor) else count
+    return (total / count).unsqueeze(2), sum(wide(by_example(s.g, n, name)).sum(2) for s in samples).unsqueeze(2)
 
 # %% ../../nbs/curvature/approximations.ipynb #873a4417
 def single(x: Any, k: int) -> Any:

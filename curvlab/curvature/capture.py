@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,8 +21,8 @@ from ..likelihood import FISHERS
 from ..objective import Closure, Evaluation
 
 # %% auto #0
-__all__ = ['CONVOLUTIONS', 'SUPPORTED', 'LayerBlock', 'layer_blocks', 'patches', 'input_rows', 'output_rows', 'Use', 'Sample',
-           'stable_edge', 'watch', 'LayerCapture', 'sweep']
+__all__ = ['CONVOLUTIONS', 'SUPPORTED', 'LayerBlock', 'layer_blocks', 'padded', 'slide', 'windows', 'patches', 'patch_sum',
+           'input_rows', 'input_sum', 'output_rows', 'Use', 'Sample', 'stable_edge', 'watch', 'LayerCapture', 'sweep']
 
 # %% ../../nbs/curvature/capture.ipynb #93b7e22b
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -89,6 +90,31 @@ def layer_blocks(model: nn.Module) -> list[LayerBlock]:
     return list(blocks.values())
 
 # %% ../../nbs/curvature/capture.ipynb #d62c809a
+def padded(module: nn.Module, x: Tensor) -> Tensor:
+    "The input of a convolution `(B, channels, *spatial)` with its padding written out."
+    if isinstance(module.padding, str):
+        total = [d * (s - 1) if module.padding == "same" else 0 for d, s in zip(module.dilation, module.kernel_size)]
+        pad = [p for t in reversed(total) for p in (t // 2, t - t // 2)]
+    else:
+        pad = [p for q in reversed(module.padding) for p in (q, q)]
+    return F.pad(x, pad, mode="constant" if module.padding_mode == "zeros" else module.padding_mode) if any(pad) else x
+
+
+def slide(module: nn.Module, x: Tensor, i: int, dim: int) -> Tensor:
+    "Windows of the kernel's `i`-th dimension along `dim`, as a view: `dim` counts sites, and a last dimension of the kernel's size is new."
+    size, step, dilation = module.kernel_size[i], module.stride[i], module.dilation[i]
+    return x.unfold(dim, dilation * (size - 1) + 1, step)[..., ::dilation]
+
+
+def windows(module: nn.Module, x: Tensor) -> Tensor:
+    "Patches of a convolution's input as a view `(groups, B, *sites, in / groups, *kernel size)`."
+    k, x = len(module.kernel_size), padded(module, x)
+    for i in range(k):
+        x = slide(module, x, i, 2 + i)
+    x = x.unflatten(1, (module.groups, -1))  # (B, groups, channels, *sites, *kernel)
+    return x.permute(1, 0, *range(3, 3 + k), 2, *range(3 + k, 3 + 2 * k))
+
+# %% ../../nbs/curvature/capture.ipynb #c1d593c8
 def patches(module: nn.Module, x: Tensor) -> Tensor:
     """Patches of a convolution's input: `(groups, B, sites, in / groups * kernel size)`, features in the order of the flattened weight.
 
@@ -96,22 +122,16 @@ def patches(module: nn.Module, x: Tensor) -> Tensor:
         module: `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`.
         x: its input `(B, channels, *spatial)`.
     """
-    k = len(module.kernel_size)
-    if isinstance(module.padding, str):
-        total = [d * (s - 1) if module.padding == "same" else 0 for d, s in zip(module.dilation, module.kernel_size)]
-        pad = [p for t in reversed(total) for p in (t // 2, t - t // 2)]
-    else:
-        pad = [p for q in reversed(module.padding) for p in (q, q)]
-    if any(pad):
-        x = F.pad(x, pad, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
-    for i in range(k):
-        size, step, dilation = module.kernel_size[i], module.stride[i], module.dilation[i]
-        x = x.unfold(2 + i, dilation * (size - 1) + 1, step)[..., ::dilation]
-    sites = x.shape[2 : 2 + k]
-    x = x.reshape(len(x), module.groups, -1, *sites, *module.kernel_size)
-    # (B, groups, channels, *sites, *kernel) -> (groups, B, *sites, channels, *kernel)
-    order = [1, 0, *range(3, 3 + k), 2, *range(3 + k, 3 + 2 * k)]
-    return x.permute(order).reshape(module.groups, len(x), sites.numel(), -1)
+    view, k = windows(module, x), len(module.kernel_size)
+    return view.reshape(*view.shape[:2], view.shape[2 : 2 + k].numel(), -1)
+
+
+def patch_sum(module: nn.Module, x: Tensor) -> Tensor:
+    "`patches(module, x).sum(2)` without the patches: one spatial dimension is summed before the next is cut."
+    x = padded(module, x)
+    for i in range(len(module.kernel_size)):
+        x = slide(module, x, i, 2).sum(2)  # the summed dimension goes, its kernel dimension comes last
+    return x.unflatten(1, (module.groups, -1)).transpose(0, 1).flatten(2)
 
 
 def input_rows(block: LayerBlock, module: nn.Module, x: Tensor) -> Tensor:
@@ -119,8 +139,23 @@ def input_rows(block: LayerBlock, module: nn.Module, x: Tensor) -> Tensor:
     if isinstance(module, nn.Linear):
         rows = x.reshape(1, len(x), -1, x.shape[-1]) if x.ndim > 1 else x.reshape(1, 1, 1, -1)
     else:
-        rows = patches(module, x if x.ndim == len(module.kernel_size) + 2 else x.unsqueeze(0))
+        x = x if x.ndim == len(module.kernel_size) + 2 else x.unsqueeze(0)
+        if block.bias is None:
+            return patches(module, x)
+        view, k = windows(module, x), len(module.kernel_size)
+        rows = x.new_ones(*view.shape[:2], view.shape[2 : 2 + k].numel(), view.shape[2 + k :].numel() + 1)
+        rows[..., :-1].unflatten(-1, view.shape[2 + k :]).unflatten(2, view.shape[2 : 2 + k]).copy_(view)
+        return rows
     return rows if block.bias is None else F.pad(rows, (0, 1), value=1.0)
+
+
+def input_sum(block: LayerBlock, module: nn.Module, x: Tensor) -> Tensor:
+    "`input_rows` summed over positions, `(groups, B, in [+ 1])`; the homogeneous coordinate counts them."
+    if isinstance(module, nn.Linear) or x.ndim < len(module.kernel_size) + 2:
+        return input_rows(block, module, x).sum(2)
+    total = patch_sum(module, x)
+    sites = math.prod((n - d * (k - 1) - 1) // s + 1 for n, d, k, s in zip(padded(module, x[:1]).shape[2:], module.dilation, module.kernel_size, module.stride))
+    return total if block.bias is None else F.pad(total, (0, 1), value=float(sites))
 
 
 def output_rows(module: nn.Module, g: Tensor) -> Tensor:
@@ -136,7 +171,7 @@ class Use:
     """One application of a block in a forward pass.
 
     Attributes:
-        inputs: computes the input rows.
+        inputs: computes the input rows; sums: their sum over positions `(groups, B, in [+ 1])`, where there is a quicker way.
         outputs: turns a gradient of the output into rows.
         shape: of the output.
         edge: where autograd delivers the output's gradient.
@@ -147,6 +182,7 @@ class Use:
     outputs: Callable[[Tensor], Tensor]
     shape: torch.Size
     edge: Any
+    sums: Callable[[], Tensor] | None = None
     _rows: Tensor | None = None
 
     def a(self) -> Tensor:
@@ -161,15 +197,22 @@ class Sample:
     """Rows of one use for one cotangent.
 
     Attributes:
-        a: `(groups, B, T, in [+ 1])`.
+        a: `(groups, B, T, in [+ 1])`, made when asked for.
         g: `(groups, B, T, out)`, gradients of the loss (weight `w` inside).
         examples: how many examples the forward pass had. `B` is the size of the layer's first dimension, which a model is free to use for something else.
     """
 
-    block: LayerBlock
-    a: Tensor
+    use: Use
     g: Tensor
     examples: int = 0
+
+    @property
+    def block(self) -> LayerBlock:
+        return self.use.block
+
+    @property
+    def a(self) -> Tensor:
+        return self.use.a()
 
 # %% ../../nbs/curvature/capture.ipynb #b660c701
 def stable_edge(output: Tensor) -> tuple[Tensor, Any]:
@@ -188,7 +231,7 @@ def watch(self: LayerBlock, record: Callable[[Use], None]) -> Iterator[None]:
         if isinstance(output, Tensor) and output.requires_grad:
             output, edge = stable_edge(output)
             x = (args[0] if args else kwargs["input"]).detach()
-            record(Use(self, partial(input_rows, self, module, x), partial(output_rows, module), output.shape, edge))
+            record(Use(self, partial(input_rows, self, module, x), partial(output_rows, module), output.shape, edge, partial(input_sum, self, module, x)))
             return output
 
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in self.modules]
@@ -253,7 +296,7 @@ class LayerCapture:
 # %% ../../nbs/curvature/capture.ipynb #5c8572b3
 def _collect(self: LayerCapture, evaluation: Evaluation, grads: Sequence[Tensor | None], first: bool, draws: int = 1) -> None:
     "Hand one cotangent's rows over."
-    samples = [Sample(u.block, u.a(), u.outputs(g.reshape(u.shape)), len(evaluation.targets)) for u, g in zip(self.uses, grads) if g is not None]
+    samples = [Sample(u, u.outputs(g.reshape(u.shape)), len(evaluation.targets)) for u, g in zip(self.uses, grads) if g is not None]
     self.collect(samples, evaluation.weight * draws, first)
 
 
