@@ -184,12 +184,12 @@ class Target:
     """One block of the result in the making.
 
     Attributes:
-        name: of the block; source: name of the layer block, or of the parameter, that feeds it.
+        name: of the block; source: the layer block, or the name of the parameter, that feeds it.
         index: flat places, in the shape on which the structured matrix acts.
     """
 
     name: str
-    source: str
+    source: LayerBlock | str
     index: Tensor
     sums: Any
 
@@ -203,10 +203,10 @@ def gather(objective: Objective, data: Any, targets: list[Target], curvature: st
         raise ValueError(f"samples={draws!r} draws nothing; use a positive integer")
     params = objective.params
     feeds: dict[str, list[Any]] = {}
+    blocks = {t.source.name: t.source for t in targets if isinstance(t.source, LayerBlock)}
+    loose = list(dict.fromkeys(t.source for t in targets if isinstance(t.source, str)))
     for t in targets:
-        feeds.setdefault(t.source, []).append(t.sums)
-    blocks, rest = curvature_blocks(objective.model)
-    blocks, loose = [b for b in blocks if b.name in feeds], [name for name, _ in rest if name in feeds]
+        feeds.setdefault(t.source if isinstance(t.source, str) else t.source.name, []).append(t.sums)
     generators = [torch.Generator(params[0].device).manual_seed(seed) for _ in range(2)]
     terms: Tensor | float = 0.0
     for x, y in batches_of(data):
@@ -222,7 +222,7 @@ def gather(objective: Objective, data: Any, targets: list[Target], curvature: st
             for sums in feeds[name]:
                 sums.add(wide(P).reshape(len(P), 1, 1, -1), draws / weight**2)
 
-        LayerCapture(blocks, curvature, collect, lambda: generators[0]).sweep(closure, draws)
+        LayerCapture(list(blocks.values()), curvature, collect, lambda: generators[0]).sweep(closure, draws)
         if loose:
             example_pullbacks(closure, loose, curvature, generators[1], draws, receive)
         terms = terms + (draws / weights[0] if weights else 0.0)
@@ -241,15 +241,18 @@ def share_rows(feeds: dict[str, list[Any]], samples: list[Sample], factor: Tenso
         block, n = mine[0].block, mine[0].examples
         for sums in feeds[name]:
             if sums.rows_as == "reduced":
-                rows = [reduced(mine, n, name)]
+                rows = [reduced(mine, n, name, first)]
             else:
                 rows = [(wide(s.a), wide(s.g)) for s in mine]
                 rows = rows if sums.rows_as == "given" else [(by_example(a, n, name), by_example(g, n, name)) for a, g in rows]
             sums.see(block, rows, factor, first, n)
 
 
-def reduced(samples: list[Sample], n: int, name: str) -> tuple[Tensor, Tensor]:
-    "One row an example `(groups, n, 1, ...)`: the mean input over the positions of all uses (of an embedding, without padding), and the sum of the output-gradients."
+def reduced(samples: list[Sample], n: int, name: str, first: bool) -> tuple[Tensor | None, Tensor]:
+    "One row an example `(groups, n, 1, ...)`: the mean input over the positions of all uses (of an embedding, without padding; `None` unless `first`), and the sum of the output-gradients."
+    g = sum(wide(by_example(s.g, n, name)).sum(2) for s in samples).unsqueeze(2)
+    if not first:
+        return None, g
     total, count = 0, 0
     for s in samples:
         if s.use.sums is not None and s.g.shape[1] == n:
@@ -261,7 +264,7 @@ def reduced(samples: list[Sample], n: int, name: str) -> tuple[Tensor, Tensor]:
             hot = s.block.one_hot_sum(by_example(s.a, n, name))
             total, count = total + hot, count + hot.sum(-1, keepdim=True)
     count = count.clamp(min=1) if isinstance(count, Tensor) else count
-    return (total / count).unsqueeze(2), sum(wide(by_example(s.g, n, name)).sum(2) for s in samples).unsqueeze(2)
+    return (total / count).unsqueeze(2), g
 
 # %% ../../nbs/curvature/approximations.ipynb #873a4417
 def single(x: Any, k: int) -> Any:
@@ -327,7 +330,7 @@ def diagonal(objective: Objective, data: Any, curvature: str = "ggn", *, seed: i
         TypeError: the loss has no likelihood, or `data` is no data.
         ValueError: an argument is out of its range.
     """
-    of_block = lambda b, I: [Target(b.name, b.name, I, DiagonalSums())]
+    of_block = lambda b, I: [Target(b.name, b, I, DiagonalSums())]
     return gather(objective, data, model_targets(objective, of_block, lambda n, I: [Target(n, n, I.reshape(1, 1, -1), DiagonalSums())]), curvature, seed, samples, chunk)
 
 # %% ../../nbs/curvature/approximations.ipynb #02253e70
@@ -337,17 +340,17 @@ BY = ("layer", "unit", "parameter")
 def dense_targets(block: LayerBlock, index: Tensor, by: str) -> list[Target]:
     "Dense blocks of one layer."
     if by == "layer":
-        return [Target(block.name, block.name, index.reshape(1, 1, -1), DenseSums(lambda P: P.flatten(1).unsqueeze(1)))]
+        return [Target(block.name, block, index.reshape(1, 1, -1), DenseSums(lambda P: P.flatten(1).unsqueeze(1)))]
     if by == "unit":
         turned = isinstance(block, (EmbeddingBlock, NormBlock))  # a unit is a token or a feature: a column of `index`
         arrange = lambda T: (T.mT if turned else T).flatten(-3, -2)
-        return [Target(block.name, block.name, arrange(index).unsqueeze(1), DenseSums(arrange))]
+        return [Target(block.name, block, arrange(index).unsqueeze(1), DenseSums(arrange))]
     targets, own = [], index.flatten()
     kinds = [index.new_zeros(p.shape) + k for k, p in enumerate(block.params)]
     kind = block.matrix(*kinds).flatten()
     for k, which in enumerate(("weight", "bias")[: len(block.params)]):
         chosen = (kind == k).nonzero()[:, 0]
-        targets.append(Target(f"{block.name}.{which}".lstrip("."), block.name, own[chosen].view(1, 1, -1), DenseSums(lambda P, chosen=chosen: P.flatten(1)[:, chosen].unsqueeze(1))))
+        targets.append(Target(f"{block.name}.{which}".lstrip("."), block, own[chosen].view(1, 1, -1), DenseSums(lambda P, chosen=chosen: P.flatten(1)[:, chosen].unsqueeze(1))))
     return targets
 
 
@@ -380,11 +383,11 @@ def block_diagonal(objective: Objective, data: Any, curvature: str = "ggn", *, b
 SHARING, UNSUPPORTED = ("expand", "reduce"), ("diagonal", "dense", "raise")
 
 
-def exact_target(name: str, index: Tensor, how: str) -> Target:
+def exact_target(name: str, source: LayerBlock | str, index: Tensor, how: str) -> Target:
     "A dense block or the diagonal, of a norm layer or a parameter without layer."
     if how == "diagonal":
-        return Target(name, name, index, DiagonalSums())
-    return Target(name, name, index.reshape(1, 1, -1), DenseSums(lambda P: P.flatten(1).unsqueeze(1)))
+        return Target(name, source, index, DiagonalSums())
+    return Target(name, source, index.reshape(1, 1, -1), DenseSums(lambda P: P.flatten(1).unsqueeze(1)))
 
 
 def kronecker_targets(objective: Objective, sums: Callable[[LayerBlock], Any], unsupported: str, elementwise: str) -> list[Target]:
@@ -393,14 +396,18 @@ def kronecker_targets(objective: Objective, sums: Callable[[LayerBlock], Any], u
         raise ValueError(f"unsupported={unsupported!r} is unknown; use one of {', '.join(UNSUPPORTED)}")
     if elementwise not in ("dense", "diagonal"):
         raise ValueError(f"elementwise={elementwise!r} is unknown; use 'dense' or 'diagonal'")
-    _, rest = curvature_blocks(objective.model)
+    rest: list[str] = []
+
+    def of_rest(name: str, index: Tensor) -> list[Target]:
+        rest.append(name)
+        return [exact_target(name, name, index.reshape(1, 1, -1), unsupported)]
+
+    targets = model_targets(objective, lambda b, I: [Target(b.name, b, I, sums(b)) if b.factored else exact_target(b.name, b, I, elementwise)], of_rest)
+    if rest and unsupported == "raise":
+        raise ValueError(f"no Kronecker block for {', '.join(rest)}; use unsupported='diagonal' or 'dense' for their exact diagonal or dense block, or freeze them")
     if rest:
-        names = ", ".join(name for name, _ in rest)
-        if unsupported == "raise":
-            raise ValueError(f"no Kronecker block for {names}; use unsupported='diagonal' or 'dense' for their exact diagonal or dense block, or freeze them")
-        say_once(f"no Kronecker block for {names}: {unsupported} instead, from the gradients of single examples")
-    of_block = lambda b, I: [Target(b.name, b.name, I, sums(b)) if b.factored else exact_target(b.name, I, elementwise)]
-    return model_targets(objective, of_block, lambda n, I: [exact_target(n, I.reshape(1, 1, -1), unsupported)])
+        say_once(f"no Kronecker block for {', '.join(rest)}: {unsupported} instead, from the gradients of single examples")
+    return targets
 
 
 def kfac(objective: Objective, data: Any, curvature: str = "fisher-mc", sharing: str = "expand", *, seed: int = 0, samples: int = 1, unsupported: str = "diagonal", elementwise: str = "dense", chunk: int | None = None) -> StructuredOperator:
@@ -503,7 +510,7 @@ def kronecker_error(objective: Objective, data: Any, curvature: str = "ggn", sha
             return []
         normal = lambda: torch.randn(probes, *index.shape, generator=generator, dtype=b.weight.dtype, device=b.weight.device)
         sums = DenseSums(lambda P: P.flatten(1).unsqueeze(1)) if index.numel() <= limit else ProbeSums(normal())
-        return [Target(b.name, b.name, index, sums)]
+        return [Target(b.name, b, index, sums)]
 
     targets = model_targets(objective, reference, lambda n, I: [])
     exact = gather(objective, data, targets, curvature, seed, samples, chunk).blocks
