@@ -18,8 +18,7 @@ from .capture_layers import EmbeddingBlock, NormBlock, curvature_blocks, unrolli
 from .structured import BlockDiagonal, Dense, Diagonal, Kronecker, KroneckerDiagonal, KroneckerEigen
 from .structured_operator import StructuredOperator
 from ..likelihood import FISHERS
-from ..objective import Closure, Objective
-from ..replay import bare, say_once
+from ..objective import Closure, Objective, bare, say_once
 
 # %% auto #0
 __all__ = ['BY', 'SHARING', 'UNSUPPORTED', 'by_example', 'wide', 'per_example', 'GradientSums', 'DenseSums', 'DiagonalSums',
@@ -54,7 +53,7 @@ def per_example(block: LayerBlock, rows: list[tuple[Tensor, Tensor]]) -> Tensor:
     "Gradients `(B, groups, out, in)` of the examples: the sum over all uses."
     return sum(block.per_example(a, g) for a, g in rows)
 
-
+# %% ../../nbs/curvature/approximations.ipynb #3ab7fab4
 class GradientSums:
     "Sum of something quadratic in the gradients of examples."
 
@@ -114,10 +113,11 @@ class DiagonalSums(GradientSums):
 def gram(rows: Tensor, before: Tensor | None, factor: Tensor | float | None = None) -> Tensor:
     "`before + factor * sum of r r^T` over rows `(groups, B, T, d)`: `(groups, d, d)`, added in place."
     r = rows.flatten(1, 2)
+    if before is None:
+        product = r.mT @ r if len(r) > 1 else (r[0].mT @ r[0]).unsqueeze(0)  # one matrix: mm is faster than bmm
+        return product if factor is None else product.mul_(factor)
     scaled = r if factor is None else r * factor
-    if len(r) > 1:
-        return scaled.mT @ r if before is None else before.baddbmm_(scaled.mT, r)
-    return (scaled[0].mT @ r[0]).unsqueeze(0) if before is None else before[0].addmm_(scaled[0].mT, r[0]).unsqueeze(0)
+    return before.baddbmm_(scaled.mT, r) if len(r) > 1 else before[0].addmm_(scaled[0].mT, r[0]).unsqueeze(0)
 
 
 class KroneckerSums:
@@ -178,7 +178,7 @@ def batches_of(data: Any) -> Iterable[tuple[Any, Tensor]]:
         raise TypeError(f"data is a {type(data).__name__}; pass a batch (x, y) or an iterable of batches")
     return list(data) if isinstance(data, Iterator) else data
 
-
+# %% ../../nbs/curvature/approximations.ipynb #57bac2e7
 @dataclass
 class Target:
     """One block of the result in the making.
@@ -231,7 +231,7 @@ def gather(objective: Objective, data: Any, targets: list[Target], curvature: st
     made = {t.name: (t.index, Diagonal(torch.zeros(t.index.shape, dtype=dtype, device=params[0].device)) if t.sums.empty else t.sums.structure(scale)) for t in targets}
     return StructuredOperator(made, sum(p.numel() for p in params), dtype, params[0].device)
 
-
+# %% ../../nbs/curvature/approximations.ipynb #32a4663c
 def share_rows(feeds: dict[str, list[Any]], samples: list[Sample], factor: Tensor | float, first: bool) -> None:
     "Give the rows of one cotangent to the sums of their blocks, all uses of a block together."
     uses: dict[str, list[Sample]] = {}

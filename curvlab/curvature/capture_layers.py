@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .capture import LayerBlock, Use, layer_blocks, stable_edge
-from ..replay import bare
+from ..objective import bare
 
 # %% auto #0
 __all__ = ['CHANNEL_NORMS', 'NORMS', 'EmbeddingBlock', 'normalised', 'NormBlock', 'watch_output', 'ProjectionBlock',

@@ -47,7 +47,7 @@ def as_columns(V: Tensor, batch: int, function: Callable[[Tensor], Tensor]) -> T
     X = X.reshape(-1, *X.shape[X.ndim - 1 - batch :]).movedim(0, -1)
     return function(X).movedim(-1, 0).reshape(V.shape)
 
-
+# %% ../../nbs/curvature/structured.ipynb #3ecb7f5b
 @dataclass
 class Dense:
     "A symmetric matrix `(..., n, n)` acting on the flattened last two dimensions of `V`."
@@ -91,7 +91,7 @@ class Dense:
     def to_dense(self) -> Tensor:
         return self.matrix
 
-
+# %% ../../nbs/curvature/structured.ipynb #28b4e7f3
 @dataclass
 class Diagonal:
     "A diagonal matrix stored in the shape of `V`."
@@ -142,7 +142,7 @@ def ratio_root(a: Tensor, g: Tensor) -> Tensor:
     ok = (a > 0) & (g > 0)
     return torch.where(ok, a / torch.where(ok, g, 1.0), 1.0).sqrt()
 
-
+# %% ../../nbs/curvature/structured.ipynb #418cde99
 @dataclass
 class Kronecker:
     """`G (x) A` acting on `V` `(..., out, in)` as `G V A`.

@@ -137,10 +137,29 @@ def _to_dense(self: StructuredOperator) -> Tensor:
 
 
 StructuredOperator.inverse, StructuredOperator.power, StructuredOperator.diagonal, StructuredOperator.to_dense = _inverse, _power, _diagonal, _to_dense
-StructuredOperator.trace = lambda self: self.whole.trace()
-StructuredOperator.logdet = lambda self: self.whole.logdet()
-StructuredOperator.frobenius_norm = lambda self: self.whole.frobenius_norm()
-StructuredOperator.spectral_norm = lambda self: self.whole.spectral_norm()
+
+# %% ../../nbs/curvature/structured_operator.ipynb #8be9f1ee
+def _trace(self: StructuredOperator) -> Tensor:
+    "Exact trace."
+    return self.whole.trace()
+
+
+def _logdet(self: StructuredOperator) -> Tensor:
+    "Logarithm of the determinant of the blocks; `-inf` where a block is singular."
+    return self.whole.logdet()
+
+
+def _frobenius_norm(self: StructuredOperator) -> Tensor:
+    "Root of the sum of squares of all entries."
+    return self.whole.frobenius_norm()
+
+
+def _spectral_norm(self: StructuredOperator) -> Tensor:
+    "Largest absolute eigenvalue."
+    return self.whole.spectral_norm()
+
+
+StructuredOperator.trace, StructuredOperator.logdet, StructuredOperator.frobenius_norm, StructuredOperator.spectral_norm = _trace, _logdet, _frobenius_norm, _spectral_norm
 
 # %% ../../nbs/curvature/structured_operator.ipynb #2e2dd9e1
 def exact_diagonal(A: Any, block: int = 64) -> Tensor:
