@@ -317,6 +317,17 @@ def test_unsupported_parameters_are_named_and_exact(caplog):
         kfac(objective, (x, y), unsupported="raise")
 
 
+def test_no_gradients_of_examples_through_batch_norm_in_training_mode():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.PReLU()).to(double)
+    objective, data = Objective(model, nn.CrossEntropyLoss()), (normal(6, 4), torch.randint(0, 3, (6,)))
+    with pytest.raises(ValueError, match="batch norm in training mode.*2.weight"):
+        kfac(objective, data)
+    model.eval()
+    G = GGN(objective, *data).to_dense()
+    assert_blocks_of(block_diagonal(objective, data), G)
+
+
 def test_unreached_layers_are_zero():
     class Idle(nn.Module):
         def __init__(self):

@@ -11,7 +11,7 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .capture import LayerBlock, LayerCapture, Sample
 from .capture_layers import EmbeddingBlock, NormBlock, curvature_blocks, unrolling
@@ -30,6 +30,8 @@ __all__ = ['BY', 'SHARING', 'UNSUPPORTED', 'by_example', 'wide', 'per_example', 
 # %% ../../nbs/curvature/approximations.ipynb #9a7e30b0
 def by_example(rows: Tensor, n: int, name: str) -> Tensor:
     """Rows `(groups, n, T, ...)` from rows whose first dimension may be the sequence, or batch and sequence in one.
+
+    A first dimension of size `n` is the batch; a second one of size `n` is the batch of a model that puts the sequence first; one row each for a multiple of `n` is batch and sequence merged, example after example.
 
     Raises:
         ValueError: the rows cannot be divided among `n` examples.
@@ -273,8 +275,14 @@ def single(x: Any, k: int) -> Any:
 
 
 def example_pullbacks(closure: Closure, names: list[str], curvature: str, generator: torch.Generator, draws: int, receive: Callable[[str, Tensor, Any], None]) -> None:
-    "Call `receive(name, P, weight)` for every cotangent and named parameter with `P` `(B, *shape)`, the pull-backs of the examples, and the weight of a term (times `draws`)."
+    """Call `receive(name, P, weight)` for every cotangent and named parameter with `P` `(B, *shape)`, the pull-backs of the examples, and the weight of a term (times `draws`).
+
+    Raises:
+        ValueError: the model has batch norm in training mode, so that an example has no gradient of its own.
+    """
     o, model = closure.objective, bare(closure.objective.model)
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules()):
+        raise ValueError(f"the model has batch norm in training mode, which mixes the examples of a batch, and no layer statistics for {', '.join(names)}; use model.eval(), or freeze these parameters")
     place = {id(dict(model.named_parameters())[n]): i for i, n in enumerate(names)}
     slots = {f"{m}.{n}".lstrip("."): place[id(p)] for m, module in model.named_modules() for n, p in module._parameters.items() if id(p) in place}
     values = [dict(model.named_parameters())[n].detach() for n in names]

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -163,8 +162,9 @@ class ProjectionBlock(LayerBlock):
         return g[..., self.start - row : self.stop - row].reshape(-1, n, self.stop - self.start).transpose(0, 1).unsqueeze(0)
 
 # %% ../../nbs/curvature/capture_layers.ipynb #445f72ed
-def recording_linear(block: ProjectionBlock, record: Callable[[Use], None], n: int) -> Callable[..., Tensor]:
-    "An `F.linear` that records the calls on the weight of `block`; `n` is the number of examples."
+@contextlib.contextmanager
+def recording_linear(block: ProjectionBlock, record: Callable[[Use], None], n: int) -> Iterator[None]:
+    "Replace `F.linear`, for all threads, by one that records the calls on the weight of `block`; `n` is the number of examples."
     plain = F.linear
 
     def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -174,7 +174,11 @@ def recording_linear(block: ProjectionBlock, record: Callable[[Use], None], n: i
             record(Use(block, partial(block.inputs, input.detach(), n), partial(block.outputs, row, n), output.shape, edge))
         return output
 
-    return linear
+    F.linear = linear
+    try:
+        yield
+    finally:
+        F.linear = plain
 
 
 def examples_in(module: nn.Module, x: Tensor | PackedSequence) -> int:
@@ -197,7 +201,7 @@ def watch_projection(self: ProjectionBlock, record: Callable[[Use], None]) -> It
 
         def forward(*args, module=module, plain=plain, **kwargs):
             n = examples_in(module, args[0] if args else kwargs["input" if isinstance(module, nn.RNNBase) else "query"])
-            with mock.patch.object(F, "linear", recording_linear(self, record, n)):
+            with recording_linear(self, record, n):
                 return plain(*args, **kwargs)
 
         module.forward = forward
