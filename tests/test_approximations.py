@@ -92,6 +92,65 @@ def test_a_unit_is_an_output_a_token_or_a_feature():
     assert shapes["head"] == (3, 4, 4) and shapes["embed"] == (7, 4, 4) and shapes["encoder.norm1"] == (4, 2, 2) and shapes["positions"] == (5, 4, 4)
 
 
+class Tail(nn.Module):
+    """A layer under test behind a linear one and before a head."""
+
+    def __init__(self, layer, width, shape):
+        super().__init__()
+        self.first, self.layer, self.head, self.shape = nn.Linear(3, 12), layer, nn.Linear(width, 3), shape
+
+    def forward(self, x):
+        h = self.layer(self.first(x).view(len(x), *self.shape))
+        return self.head(torch.tanh((h[0] if isinstance(h, tuple) else h).flatten(1)))
+
+
+OTHERS = {
+    "layer norm over two dimensions": (lambda: nn.LayerNorm((2, 6)), 12, (2, 6)),
+    "layer norm without bias": (lambda: nn.LayerNorm(6, bias=False), 12, (2, 6)),
+    "rms norm": (lambda: nn.RMSNorm(6), 12, (2, 6)),
+    "instance norm": (lambda: nn.InstanceNorm1d(2, affine=True), 12, (2, 6)),
+    "instance norm with statistics": (lambda: nn.InstanceNorm1d(2, affine=True, track_running_stats=True).eval(), 12, (2, 6)),
+    "group norm": (lambda: nn.GroupNorm(2, 4), 12, (4, 3)),
+    "batch norm": (lambda: nn.BatchNorm1d(4).eval(), 12, (4, 3)),
+    "deep bidirectional rnn": (lambda: nn.RNN(3, 2, 2, bidirectional=True, batch_first=True), 16, (4, 3)),
+    "lstm with projection": (lambda: nn.LSTM(3, 3, 2, proj_size=2, bidirectional=True, batch_first=True), 16, (4, 3)),
+    "gru without bias": (lambda: nn.GRU(3, 2, bias=False, batch_first=True), 8, (4, 3)),
+    "attention without bias": (lambda: Self(nn.MultiheadAttention(3, 1, bias=False, batch_first=True)), 12, (4, 3)),
+    "transposed convolution": (lambda: nn.ConvTranspose1d(4, 2, 2), 8, (4, 3)),
+    "3d convolution": (lambda: nn.Conv3d(1, 2, 2, padding=1, padding_mode="replicate"), 72, (1, 3, 2, 2)),
+    "attention with three heads": (lambda: Self(nn.MultiheadAttention(3, 3, kdim=3, vdim=3, batch_first=True)), 12, (4, 3)),
+}
+
+
+class Self(nn.Module):
+    """Self-attention as a layer of one input."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_blocks_of_all_other_layers(kind):
+    make, width, shape = OTHERS[kind]
+    torch.manual_seed(0)
+    model = Tail(make(), width, shape).to(double)
+    with torch.no_grad():
+        for p in model.parameters():      # scales that are not 1, shifts that are not 0
+            p.copy_(torch.randn_like(p))
+    objective, x, y = Objective(model, nn.CrossEntropyLoss()), normal(6, 3), torch.randint(0, 3, (6,))
+    G = GGN(objective, x, y).to_dense()
+    for by in ("layer", "unit"):
+        B = block_diagonal(objective, (x, y), by=by)
+        assert_blocks_of(B, G)
+        assert torch.allclose(B.trace(), G.trace())
+    for sharing in ("expand", "reduce"):
+        assert all(r.errors["ekfac"][0] <= r.errors["kfac"][0] + 1e-10 for r in kronecker_error(objective, (x, y), sharing=sharing))
+
+
 # What K-FAC gets exactly right
 
 
@@ -269,6 +328,20 @@ def test_ignored_tokens_weigh_batches():
     assert_blocks_of(block_diagonal(objective, [(x[:2], y[:2]), (x[2:], y[2:])]), G)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_lower_precision_is_close(dtype, tolerance):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+    x, y = torch.randn(20, 4).to(dtype), torch.randint(0, 3, (20,))
+    low = [f(Objective(model, nn.CrossEntropyLoss()), (x, y), "ggn") for f in (kfac, ekfac, diagonal, block_diagonal)]
+    model.to(double)
+    high = [f(Objective(model, nn.CrossEntropyLoss()), (x.to(double), y), "ggn") for f in (kfac, ekfac, diagonal, block_diagonal)]
+    for a, b in zip(low, high):
+        assert a.dtype == torch.float32 and (a.to_dense() - b.to_dense()).norm() < tolerance * b.to_dense().norm()
+        v = torch.randn(len(a.diagonal()))
+        assert torch.allclose(a.damped(0.1) @ a.damped(0.1).solve(v), v, atol=1e-4)
+
+
 def test_sequence_first_is_the_same_model():
     objective, x, y = zoo(6)
     other, _, _ = zoo(6, batch_first=False)
@@ -326,6 +399,31 @@ def test_no_gradients_of_examples_through_batch_norm_in_training_mode():
     model.eval()
     G = GGN(objective, *data).to_dense()
     assert_blocks_of(block_diagonal(objective, data), G)
+
+
+def test_rows_that_belong_to_no_example():
+    class Chosen(nn.Module):
+        """A layer for some of the examples only; batch and tokens merged before another."""
+
+        def __init__(self):
+            super().__init__()
+            self.merged, self.some, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            h = torch.tanh(self.merged(x.flatten(0, 1))).view(x.shape).mean(1)
+            return self.head(torch.cat([self.some(h[:4]), h[4:]]))
+
+    torch.manual_seed(0)
+    objective, x, y = Objective(Chosen().to(double), nn.CrossEntropyLoss()), normal(7, 5, 4), torch.randint(0, 3, (7,))
+    K, G = kfac(objective, (x, y), "ggn"), GGN(objective, x, y).to_dense()
+    assert K.blocks["some"].frobenius_norm() > 0
+    for build in (diagonal, block_diagonal, ekfac, lambda o, d: kfac(o, d, sharing="reduce")):
+        with pytest.raises(ValueError, match="layer some sees 4 x 1 rows in a batch of 7"):
+            build(objective, (x, y))
+    for p in objective.model.some.parameters():
+        p.requires_grad_(False)
+    rest = torch.cat([torch.arange(20), torch.arange(40, 55)])
+    assert_blocks_of(block_diagonal(objective, (x, y)), G[rest][:, rest])
 
 
 def test_unreached_layers_are_zero():

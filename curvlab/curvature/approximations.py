@@ -43,7 +43,7 @@ def by_example(rows: Tensor, n: int, name: str) -> Tensor:
         return rows.transpose(1, 2)
     if T == 1 and B % n == 0:
         return rows.reshape(rows.shape[0], n, B // n, *rows.shape[3:])
-    raise ValueError(f"layer {name} sees {B} x {T} rows in a batch of {n} examples, so that its rows belong to no example; use kfac with sharing='expand', which needs none, or list the layer's parameters as unsupported")
+    raise ValueError(f"layer {name} sees {B} x {T} rows in a batch of {n} examples, so that its rows belong to no example; use kfac with sharing='expand', which does not ask, or freeze the layer")
 
 
 def wide(t: Tensor) -> Tensor:
@@ -229,7 +229,7 @@ def gather(objective: Objective, data: Any, targets: list[Target], curvature: st
             example_pullbacks(closure, loose, curvature, generators[1], draws, receive)
         terms = terms + (draws / weights[0] if weights else 0.0)
     scale = 1.0 if objective.likelihood.average == "sum" else 1 / terms
-    dtype = reduce(torch.promote_types, {p.dtype for p in params})
+    dtype = wide(torch.empty(0, dtype=reduce(torch.promote_types, {p.dtype for p in params}))).dtype
     made = {t.name: (t.index, Diagonal(torch.zeros(t.index.shape, dtype=dtype, device=params[0].device)) if t.sums.empty else t.sums.structure(scale)) for t in targets}
     return StructuredOperator(made, sum(p.numel() for p in params), dtype, params[0].device)
 
