@@ -21,8 +21,8 @@ from ..likelihood import FISHERS
 from ..objective import Closure, Evaluation
 
 # %% auto #0
-__all__ = ['CONVOLUTIONS', 'SUPPORTED', 'LayerBlock', 'layer_blocks', 'padded', 'slide', 'windows', 'patches', 'patch_sum',
-           'input_rows', 'input_sum', 'output_rows', 'Use', 'Sample', 'stable_edge', 'watch', 'LayerCapture', 'sweep']
+__all__ = ['CONVOLUTIONS', 'SUPPORTED', 'LayerBlock', 'layer_blocks', 'padded', 'slide', 'patches', 'patch_sum', 'input_rows',
+           'input_sum', 'output_rows', 'Use', 'Sample', 'stable_edge', 'watch', 'LayerCapture', 'sweep']
 
 # %% ../../nbs/curvature/capture.ipynb #93b7e22b
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -106,24 +106,23 @@ def slide(module: nn.Module, x: Tensor, i: int, dim: int) -> Tensor:
     return x.unfold(dim, dilation * (size - 1) + 1, step)[..., ::dilation]
 
 
-def windows(module: nn.Module, x: Tensor) -> Tensor:
-    "Patches of a convolution's input as a view `(groups, B, *sites, in / groups, *kernel size)`."
-    k, x = len(module.kernel_size), padded(module, x)
-    for i in range(k):
-        x = slide(module, x, i, 2 + i)
-    x = x.unflatten(1, (module.groups, -1))  # (B, groups, channels, *sites, *kernel)
-    return x.permute(1, 0, *range(3, 3 + k), 2, *range(3 + k, 3 + 2 * k))
-
-# %% ../../nbs/curvature/capture.ipynb #c1d593c8
-def patches(module: nn.Module, x: Tensor) -> Tensor:
-    """Patches of a convolution's input: `(groups, B, sites, in / groups * kernel size)`, features in the order of the flattened weight.
+def patches(module: nn.Module, x: Tensor, constant: bool = False) -> Tensor:
+    """Patches of a convolution's input: `(groups, B, sites, in / groups * kernel size [+ 1])`, features in the order of the flattened weight.
 
     Args:
         module: `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`.
         x: its input `(B, channels, *spatial)`.
+        constant: append the homogeneous coordinate 1.
     """
-    view, k = windows(module, x), len(module.kernel_size)
-    return view.reshape(*view.shape[:2], view.shape[2 : 2 + k].numel(), -1)
+    k, x = len(module.kernel_size), padded(module, x)
+    for i in range(k):
+        x = slide(module, x, i, 2 + i)
+    # (B, groups, channels, *sites, *kernel) -> (groups, B, *sites, channels, *kernel)
+    view = x.unflatten(1, (module.groups, -1)).permute(1, 0, *range(3, 3 + k), 2, *range(3 + k, 3 + 2 * k))
+    sites, features = view.shape[2 : 2 + k], view.shape[2 + k :]
+    rows = x.new_ones(*view.shape[:2], sites.numel(), features.numel() + constant)
+    rows[..., : features.numel()].unflatten(-1, features).unflatten(2, sites).copy_(view)
+    return rows
 
 
 def patch_sum(module: nn.Module, x: Tensor) -> Tensor:
@@ -139,13 +138,7 @@ def input_rows(block: LayerBlock, module: nn.Module, x: Tensor) -> Tensor:
     if isinstance(module, nn.Linear):
         rows = x.reshape(1, len(x), -1, x.shape[-1]) if x.ndim > 1 else x.reshape(1, 1, 1, -1)
     else:
-        x = x if x.ndim == len(module.kernel_size) + 2 else x.unsqueeze(0)
-        if block.bias is None:
-            return patches(module, x)
-        view, k = windows(module, x), len(module.kernel_size)
-        rows = x.new_ones(*view.shape[:2], view.shape[2 : 2 + k].numel(), view.shape[2 + k :].numel() + 1)
-        rows[..., :-1].unflatten(-1, view.shape[2 + k :]).unflatten(2, view.shape[2 : 2 + k]).copy_(view)
-        return rows
+        return patches(module, x if x.ndim == len(module.kernel_size) + 2 else x.unsqueeze(0), block.bias is not None)
     return rows if block.bias is None else F.pad(rows, (0, 1), value=1.0)
 
 
