@@ -132,7 +132,7 @@ def patch_sum(module: nn.Module, x: Tensor) -> Tensor:
         x = slide(module, x, i, 2).sum(2)  # the summed dimension goes, its kernel dimension comes last
     return x.unflatten(1, (module.groups, -1)).transpose(0, 1).flatten(2)
 
-
+# %% ../../nbs/curvature/capture.ipynb #6bda3e72
 def input_rows(block: LayerBlock, module: nn.Module, x: Tensor) -> Tensor:
     "Layer inputs as rows `(groups, B, T, in [+ 1])`, the homogeneous coordinate appended where the block has a bias; `T` counts positions."
     if isinstance(module, nn.Linear):
