@@ -146,7 +146,7 @@ MAY_IMPORT = {
     "likelihood": set(),
     "replay": set(),
     "objective": {"likelihood", "replay"},
-    "curvature": {"likelihood", "objective", "curvature"},
+    "curvature": {"likelihood", "replay", "objective", "curvature"},
     "optim": {"likelihood", "objective", "curvature", "optim"},
     "lab": {"likelihood", "objective", "curvature", "optim", "lab"},
     "ledger": {"ledger"},

@@ -10,9 +10,12 @@ HOMES = {
     "operators": ["NetworkOperator", "Batches", "Hessian", "GGN", "Residual", "Fisher", "Covariance"],
     "jacobian": ["Jacobian", "NTK"],
     "preconditioners": ["Preconditioner", "Preconditioned", "preconditioner_of"],
-    "structured": ["Dense", "Diagonal", "Kronecker", "KroneckerEigen", "KroneckerDifference", "BlockTridiagonal"],
-    "capture": ["LayerCapture", "layer_blocks"],
     "closed_form": ["PerceptronFisher", "CommitteeFisher"],
+    "structured": ["Dense", "Diagonal", "Kronecker", "KroneckerDiagonal", "KroneckerEigen", "LowRankDiagonal", "BlockDiagonal", "KroneckerDifference", "BlockTridiagonal"],
+    "capture": ["LayerCapture", "layer_blocks"],
+    "capture_layers": ["curvature_blocks"],
+    "structured_operator": ["StructuredOperator", "low_rank"],
+    "approximations": ["diagonal", "block_diagonal", "kfac", "ekfac", "kronecker_error"],
     "shaping": ["blocks", "merge_dims", "unfold", "fold"],
 }
 

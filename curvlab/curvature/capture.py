@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +18,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from ..likelihood import FISHERS
-from ..objective import Evaluation
+from ..objective import Closure, Evaluation
 
 # %% auto #0
-__all__ = ['CONVOLUTIONS', 'SUPPORTED', 'LayerBlock', 'layer_blocks', 'patches', 'input_rows', 'output_rows', 'Use', 'Sample',
-           'stable_edge', 'LayerCapture']
+__all__ = ['CONVOLUTIONS', 'SUPPORTED', 'LayerBlock', 'layer_blocks', 'padded', 'slide', 'patches', 'patch_sum', 'input_rows',
+           'input_sum', 'output_rows', 'Use', 'Sample', 'stable_edge', 'watch', 'LayerCapture', 'sweep']
 
 # %% ../../nbs/curvature/capture.ipynb #93b7e22b
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -32,12 +34,14 @@ class LayerBlock:
     """A weight (and its bias) with the modules that use it.
 
     `matrix(p_w, p_b)` arranges tensors of the parameters' shapes as `(groups, out / groups, in [+ 1])`; `split` is its inverse. A linear layer has one group.
+    Blocks of other kinds (`curvlab.curvature.capture_layers`) override `matrix`, `per_example` and `watch`.
     """
 
     name: str
     weight: nn.Parameter
     bias: nn.Parameter | None
     modules: list[nn.Module] = field(default_factory=list)
+    factored = True  # whether a gradient is a sum of outer products, so that a Kronecker product suggests itself
 
     @property
     def groups(self) -> int:
@@ -58,6 +62,10 @@ class LayerBlock:
             return [M.reshape(self.weight.shape)]
         return [M[..., :-1].reshape(self.weight.shape), M[..., -1].reshape(self.bias.shape)]
 
+    def per_example(self, a: Tensor, g: Tensor) -> Tensor:
+        "Gradients `(B, groups, out, in)` of the examples, from rows `a` `(groups, B, T, in)` and `g` `(groups, B, T, out)`."
+        return torch.einsum("kbto,kbti->bkoi", g, a)
+
 # %% ../../nbs/curvature/capture.ipynb #ee0f71e9
 def layer_blocks(model: nn.Module) -> list[LayerBlock]:
     """The trainable weights of linear and convolution layers, in the order of `model.named_modules()`.
@@ -72,6 +80,8 @@ def layer_blocks(model: nn.Module) -> list[LayerBlock]:
     for name, module in model.named_modules():
         if not isinstance(module, SUPPORTED) or not module.weight.requires_grad or id(module.weight) in blocks:
             continue
+        if id(module.weight) not in owners:  # computed from other parameters (weight norm)
+            continue
         users = [m for _, m in owners[id(module.weight)]]
         if not all(isinstance(m, SUPPORTED) and m.weight is module.weight and type(m) is type(module) for m in users):
             continue
@@ -80,38 +90,65 @@ def layer_blocks(model: nn.Module) -> list[LayerBlock]:
     return list(blocks.values())
 
 # %% ../../nbs/curvature/capture.ipynb #d62c809a
-def patches(module: nn.Module, x: Tensor) -> Tensor:
-    """Patches of a convolution's input: `(groups, B, sites, in / groups * kernel size)`, features in the order of the flattened weight.
-
-    Args:
-        module: `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`.
-        x: its input `(B, channels, *spatial)`.
-    """
-    k = len(module.kernel_size)
+def padded(module: nn.Module, x: Tensor) -> Tensor:
+    "The input of a convolution `(B, channels, *spatial)` with its padding written out."
     if isinstance(module.padding, str):
         total = [d * (s - 1) if module.padding == "same" else 0 for d, s in zip(module.dilation, module.kernel_size)]
         pad = [p for t in reversed(total) for p in (t // 2, t - t // 2)]
     else:
         pad = [p for q in reversed(module.padding) for p in (q, q)]
-    if any(pad):
-        x = F.pad(x, pad, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
+    return F.pad(x, pad, mode="constant" if module.padding_mode == "zeros" else module.padding_mode) if any(pad) else x
+
+
+def slide(module: nn.Module, x: Tensor, i: int, dim: int) -> Tensor:
+    "Windows of the kernel's `i`-th dimension along `dim`, as a view: `dim` counts sites, and a last dimension of the kernel's size is new."
+    size, step, dilation = module.kernel_size[i], module.stride[i], module.dilation[i]
+    return x.unfold(dim, dilation * (size - 1) + 1, step)[..., ::dilation]
+
+
+def patches(module: nn.Module, x: Tensor, constant: bool = False) -> Tensor:
+    """Patches of a convolution's input: `(groups, B, sites, in / groups * kernel size [+ 1])`, features in the order of the flattened weight.
+
+    Args:
+        module: `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`.
+        x: its input `(B, channels, *spatial)`.
+        constant: append the homogeneous coordinate 1.
+    """
+    k, x = len(module.kernel_size), padded(module, x)
     for i in range(k):
-        size, step, dilation = module.kernel_size[i], module.stride[i], module.dilation[i]
-        x = x.unfold(2 + i, dilation * (size - 1) + 1, step)[..., ::dilation]
-    sites = x.shape[2 : 2 + k]
-    x = x.reshape(len(x), module.groups, -1, *sites, *module.kernel_size)
+        x = slide(module, x, i, 2 + i)
     # (B, groups, channels, *sites, *kernel) -> (groups, B, *sites, channels, *kernel)
-    order = [1, 0, *range(3, 3 + k), 2, *range(3 + k, 3 + 2 * k)]
-    return x.permute(order).reshape(module.groups, len(x), sites.numel(), -1)
+    view = x.unflatten(1, (module.groups, -1)).permute(1, 0, *range(3, 3 + k), 2, *range(3 + k, 3 + 2 * k))
+    sites, features = view.shape[2 : 2 + k], view.shape[2 + k :]
+    rows = x.new_ones(*view.shape[:2], sites.numel(), features.numel() + constant)
+    rows[..., : features.numel()].unflatten(-1, features).unflatten(2, sites).copy_(view)
+    return rows
 
 
+def patch_sum(module: nn.Module, x: Tensor) -> Tensor:
+    "`patches(module, x).sum(2)` without the patches: one spatial dimension is summed before the next is cut."
+    x = padded(module, x)
+    for i in range(len(module.kernel_size)):
+        x = slide(module, x, i, 2).sum(2)  # the summed dimension goes, its kernel dimension comes last
+    return x.unflatten(1, (module.groups, -1)).transpose(0, 1).flatten(2)
+
+# %% ../../nbs/curvature/capture.ipynb #6bda3e72
 def input_rows(block: LayerBlock, module: nn.Module, x: Tensor) -> Tensor:
     "Layer inputs as rows `(groups, B, T, in [+ 1])`, the homogeneous coordinate appended where the block has a bias; `T` counts positions."
     if isinstance(module, nn.Linear):
         rows = x.reshape(1, len(x), -1, x.shape[-1]) if x.ndim > 1 else x.reshape(1, 1, 1, -1)
     else:
-        rows = patches(module, x if x.ndim == len(module.kernel_size) + 2 else x.unsqueeze(0))
+        return patches(module, x if x.ndim == len(module.kernel_size) + 2 else x.unsqueeze(0), block.bias is not None)
     return rows if block.bias is None else F.pad(rows, (0, 1), value=1.0)
+
+
+def input_sum(block: LayerBlock, module: nn.Module, x: Tensor) -> Tensor:
+    "`input_rows` summed over positions, `(groups, B, in [+ 1])`; the homogeneous coordinate counts them."
+    if isinstance(module, nn.Linear) or x.ndim < len(module.kernel_size) + 2:
+        return input_rows(block, module, x).sum(2)
+    total = patch_sum(module, x)
+    sites = math.prod((n - d * (k - 1) - 1) // s + 1 for n, d, k, s in zip(padded(module, x[:1]).shape[2:], module.dilation, module.kernel_size, module.stride))
+    return total if block.bias is None else F.pad(total, (0, 1), value=float(sites))
 
 
 def output_rows(module: nn.Module, g: Tensor) -> Tensor:
@@ -124,19 +161,27 @@ def output_rows(module: nn.Module, g: Tensor) -> Tensor:
 # %% ../../nbs/curvature/capture.ipynb #67d70066
 @dataclass
 class Use:
-    "One application of a block in a forward pass."
+    """One application of a block in a forward pass.
+
+    Attributes:
+        inputs: computes the input rows; sums: their sum over positions `(groups, B, in [+ 1])`, where there is a quicker way.
+        outputs: turns a gradient of the output into rows.
+        shape: of the output.
+        edge: where autograd delivers the output's gradient.
+    """
 
     block: LayerBlock
-    module: nn.Module
-    input: Tensor
-    shape: torch.Size  # of the output
+    inputs: Callable[[], Tensor]
+    outputs: Callable[[Tensor], Tensor]
+    shape: torch.Size
     edge: Any
+    sums: Callable[[], Tensor] | None = None
     _rows: Tensor | None = None
 
     def a(self) -> Tensor:
         "Input rows, computed once however many cotangents are pulled back."
         if self._rows is None:
-            self._rows = input_rows(self.block, self.module, self.input)
+            self._rows = self.inputs()
         return self._rows
 
 
@@ -145,13 +190,22 @@ class Sample:
     """Rows of one use for one cotangent.
 
     Attributes:
-        a: `(groups, B, T, in [+ 1])`.
+        a: `(groups, B, T, in [+ 1])`, made when asked for.
         g: `(groups, B, T, out)`, gradients of the loss (weight `w` inside).
+        examples: how many examples the forward pass had. `B` is the size of the layer's first dimension, which a model is free to use for something else.
     """
 
-    block: LayerBlock
-    a: Tensor
+    use: Use
     g: Tensor
+    examples: int = 0
+
+    @property
+    def block(self) -> LayerBlock:
+        return self.use.block
+
+    @property
+    def a(self) -> Tensor:
+        return self.use.a()
 
 # %% ../../nbs/curvature/capture.ipynb #b660c701
 def stable_edge(output: Tensor) -> tuple[Tensor, Any]:
@@ -162,6 +216,28 @@ def stable_edge(output: Tensor) -> tuple[Tensor, Any]:
     return output, get_gradient_edge(source)
 
 # %% ../../nbs/curvature/capture.ipynb #08ecced3
+@contextlib.contextmanager
+def watch(self: LayerBlock, record: Callable[[Use], None]) -> Iterator[None]:
+    "For the duration of a forward pass, call `record` with every use of the block."
+    def hook(module, args, kwargs, output):
+        # a layer in a no-grad region, or one whose output needs no gradient, has nothing to observe
+        if isinstance(output, Tensor) and output.requires_grad:
+            output, edge = stable_edge(output)
+            x = (args[0] if args else kwargs["input"]).detach()
+            record(Use(self, partial(input_rows, self, module, x), partial(output_rows, module), output.shape, edge, partial(input_sum, self, module, x)))
+            return output
+
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in self.modules]
+    try:
+        yield
+    finally:
+        for h in handles:
+            h.remove()
+
+
+LayerBlock.watch = watch
+
+# %% ../../nbs/curvature/capture.ipynb #600c0be5
 class LayerCapture:
     """Observer that collects layer inputs and output-gradients.
 
@@ -184,23 +260,12 @@ class LayerCapture:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        "Hooks on the watched modules for the duration of a forward pass."
+        "Watch the blocks for the duration of a forward pass."
         self.uses = []
-        handles = []
-        for block in self.blocks:
-            for module in block.modules:
-                def hook(module, args, kwargs, output, block=block):
-                    # a layer in a no-grad region, or one whose output needs no gradient, has nothing to observe
-                    if isinstance(output, Tensor) and output.requires_grad:
-                        output, edge = stable_edge(output)
-                        self.uses.append(Use(block, module, (args[0] if args else kwargs["input"]).detach(), output.shape, edge))
-                        return output
-                handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        try:
+        with contextlib.ExitStack() as stack:
+            for block in self.blocks:
+                stack.enter_context(block.watch(self.uses.append))
             yield
-        finally:
-            for h in handles:
-                h.remove()
 
     @property
     def edges(self) -> list[Any]:
@@ -221,11 +286,30 @@ class LayerCapture:
         for k, cotangent in enumerate(evaluation.cotangents(self.curvature, generator)):
             self._collect(evaluation, evaluation.pull_back(cotangent, [u.edge for u in self.uses]), k == 0)
 
-# %% ../../nbs/curvature/capture.ipynb #600c0be5
-def _collect(self: LayerCapture, evaluation: Evaluation, grads: Sequence[Tensor | None], first: bool) -> None:
+# %% ../../nbs/curvature/capture.ipynb #5c8572b3
+def _collect(self: LayerCapture, evaluation: Evaluation, grads: Sequence[Tensor | None], first: bool, draws: int = 1) -> None:
     "Hand one cotangent's rows over."
-    samples = [Sample(u.block, u.a(), output_rows(u.module, g.reshape(u.shape))) for u, g in zip(self.uses, grads) if g is not None]
-    self.collect(samples, evaluation.weight, first)
+    samples = [Sample(u, u.outputs(g.reshape(u.shape)), len(evaluation.targets)) for u, g in zip(self.uses, grads) if g is not None]
+    self.collect(samples, evaluation.weight * draws, first)
 
 
-LayerCapture._collect = _collect
+def sweep(self: LayerCapture, closure: Closure, draws: int = 1) -> None:
+    """Statistics of a closure's batch and nothing else: no parameter gradient is formed, `p.grad` and buffers stay as they are.
+
+    Args:
+        draws: sampled targets an example, for `"fisher-mc"`; `collect` is told the weight of a term times `draws`, so that its sum is the average over draws.
+    """
+    generator = self.generator() if self.generator else None
+    for part, share in enumerate(closure.shares):
+        with closure._replay(part, move_buffers=False), torch.enable_grad():
+            with closure._context(False), self.recording():
+                evaluation, _ = closure._forward(part, share, True)
+            edges, first = [u.edge for u in self.uses], True
+            for _ in range(draws if edges else 0):
+                for cotangent in evaluation.cotangents(self.curvature, generator):
+                    self._collect(evaluation, evaluation.pull_back(cotangent, edges), first, draws)
+                    first = False
+        self.uses = []
+
+
+LayerCapture._collect, LayerCapture.sweep = _collect, sweep
