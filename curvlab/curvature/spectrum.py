@@ -195,7 +195,7 @@ def eigenpairs(A: Any, k: int = 1, which: str = "top", *, tol: float = 1e-4, max
         which: `"top"` (largest, with sign), `"bottom"` (smallest, with sign) or `"both"`.
         tol: residual wanted, relative to the largest absolute eigenvalue. Below about `1e-6 sqrt(n)` float32 products cannot deliver it.
         max_products: stop, with a warning, when the next block would exceed it.
-        block: products at a time. One (the default) needs the fewest; more pay where a block costs little more than a single product, and a block of `k` sees every copy of a multiple eigenvalue, where a narrower one can miss the last.
+        block: products at a time. One (the default) needs the fewest; more pay where a block costs little more than a single product, and a block of `k` from a random start sees every copy of a multiple eigenvalue, where a narrower one can miss the last.
         basis: vectors kept in memory (default `2k + 4 block`, at least 40); more means fewer products.
         start: good guesses `(n,)` or `(n, K)`, e.g. the vectors of an earlier call; a tenth of random directions is always mixed in.
         generator: on the device of `A`.
