@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curvlab.curvature.roots import METHODS, RIDGES, grouped, inverse_root, power, root_residual
-from curvlab.curvature.solvers import cg, lanczos, martens_stop
+from curvlab.curvature.solvers import cg, lanczos, martens_stop, minres
 
 few = settings(max_examples=25, deadline=None)
 
@@ -105,3 +105,56 @@ def test_lanczos_finds_every_eigenvalue(spectrum, seed):
     found = lanczos(lambda v: A @ v, start, len(spectrum))
     assert torch.allclose(found.values, torch.linalg.eigvalsh(A), atol=1e-10)
     assert torch.allclose(found.vectors.T @ found.vectors, torch.eye(len(spectrum)).double(), atol=1e-10)
+
+
+signed = st.lists(st.one_of(st.floats(-5, -0.05), st.floats(0.05, 5)), min_size=1, max_size=20)
+
+
+@few
+@given(signed, st.integers(0, 99))
+def test_minres_solves_indefinite_systems(spectrum, seed):
+    A, n = spd(spectrum, seed), len(spectrum)
+    b = torch.randn(n, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.double)
+    found = minres(lambda v: A @ v, b, tol=1e-10)
+    assert found.converged and torch.linalg.norm(b - A @ found.x) <= 2e-10 * torch.linalg.norm(b) + 1e-12
+    assert all(later <= earlier for earlier, later in zip(found.residuals, found.residuals[1:]))
+
+
+def test_minres_is_the_best_point_of_every_krylov_space():
+    """Iterate k minimises |b - Ax| over span(b, ..., A^(k-1) b), by dense least squares; so does SciPy's."""
+    from scipy.sparse.linalg import minres as scipy_minres
+
+    A = spd([float(v) for v in torch.linspace(-2, 3, 25)], 3)
+    b = torch.randn(25, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+    krylov = torch.stack([torch.linalg.matrix_power(A, j) @ b for j in range(8)], 1)
+    for k in range(1, 9):
+        found = minres(lambda v: A @ v, b, max_iter=k, tol=0.0)
+        Q = torch.linalg.qr(krylov[:, :k]).Q
+        best = Q @ torch.linalg.lstsq(A @ Q, b[:, None]).solution[:, 0]
+        theirs, _ = scipy_minres(A.numpy(), b.numpy(), maxiter=k, rtol=1e-300)
+        assert torch.allclose(found.x, best, atol=1e-8) and torch.allclose(found.x, torch.as_tensor(theirs), atol=1e-8)
+        assert abs(found.residuals[-1] - torch.linalg.norm(b - A @ best)) < 1e-8 and found.iterations == k
+
+
+def test_minres_on_a_singular_matrix():
+    """A solution where there is one; else the least residual, and the flag."""
+    A = spd([0.0, 0.0, -1.0, 0.5, 2.0, 3.0], 4)
+    b = torch.randn(6, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+    consistent = minres(lambda v: A @ v, A @ b, tol=1e-9)
+    assert consistent.converged and not consistent.least_squares and torch.allclose(A @ consistent.x, A @ b, atol=1e-7)
+    without = minres(lambda v: A @ v, b, tol=1e-9)
+    assert without.least_squares and not without.converged and torch.linalg.norm(A @ (b - A @ without.x)) < 1e-7
+    assert minres(lambda v: 0 * v, b).least_squares and minres(lambda v: v, torch.zeros(3)).converged
+
+
+def test_minres_takes_lists_and_refuses_what_is_wrong():
+    A = spd([-1.0, 0.3, 0.7, 2.0, 5.0], 0).float()
+    b = torch.randn(5, generator=torch.Generator().manual_seed(1))
+    as_list = lambda v: [v[:2].clone(), v[2:].clone()]
+    listed = minres(lambda vs: as_list(A @ torch.cat(vs)), as_list(b), tol=1e-4)
+    assert listed.converged and torch.allclose(torch.cat(listed.x), torch.linalg.solve(A, b), atol=1e-2)
+    for bad in (dict(max_iter=0), dict(tol=-1.0)):
+        with pytest.raises(ValueError):
+            minres(lambda v: v, b, **bad)
+    with pytest.raises(FloatingPointError):
+        minres(lambda v: v * torch.nan, b)

@@ -91,6 +91,13 @@ def _preferred(m: int, k: int, which: str) -> list[int]:
         return mixed[:k]
     return (top if which == "top" else bottom)[:k]
 
+# %% ../../nbs/curvature/spectrum.ipynb #2d2f6142
+def _lead(values: Tensor, residuals: Tensor, k: int, which: str) -> Tensor:
+    "How far a Ritz value that is not among the `k` at a wanted end may come to lie beyond the `k`-th; `values` ascending, at least `k + 1` (both ends: `2k + 1`) of them."
+    top = (values + residuals)[:-k].max() - values[-k]
+    bottom = values[k - 1] - (values - residuals)[k:].min()
+    return {"top": top, "bottom": bottom, "both": torch.maximum(top, bottom)}[which]
+
 # %% ../../nbs/curvature/spectrum.ipynb #9336e328
 class _Krylov:
     "An orthonormal basis, the rows of `V[:m]`, the matrix `T = V A V'` in it, and the block of rows that comes next."
@@ -188,7 +195,7 @@ def eigenpairs(A: Any, k: int = 1, which: str = "top", *, tol: float = 1e-4, max
         which: `"top"` (largest, with sign), `"bottom"` (smallest, with sign) or `"both"`.
         tol: residual wanted, relative to the largest absolute eigenvalue. Below about `1e-6 sqrt(n)` float32 products cannot deliver it.
         max_products: stop, with a warning, when the next block would exceed it.
-        block: products at a time. One (the default) needs the fewest; more pay where a block costs little more than a single product, or with many multiple eigenvalues.
+        block: products at a time. One (the default) needs the fewest; more pay where a block costs little more than a single product, and a block of `k` from a random start sees every copy of a multiple eigenvalue, where a narrower one can miss the last.
         basis: vectors kept in memory (default `2k + 4 block`, at least 40); more means fewer products.
         start: good guesses `(n,)` or `(n, K)`, e.g. the vectors of an earlier call; a tenth of random directions is always mixed in.
         generator: on the device of `A`.
@@ -206,12 +213,13 @@ def eigenpairs(A: Any, k: int = 1, which: str = "top", *, tol: float = 1e-4, max
         space.expand()
         values, s, residuals, fine = space.ritz()
         chosen = _preferred(space.m, want, which)
-        *found, worst, size, fine = torch.stack([*values[chosen], residuals[chosen].max(), values.abs().max(), fine.double()]).tolist()
+        lead = _lead(values, residuals, k, which) if space.m > want else values.new_zeros(())
+        *found, worst, lead, size, fine = torch.stack([*values[chosen], residuals[chosen].max(), lead, values.abs().max(), fine.double()]).tolist()
         if not fine:
             raise FloatingPointError(f"a product with A is not finite after {space.products} products; check the matrix, e.g. the loss at the current parameters")
         since += 1
         done = space.m == A.shape[0]
-        if not done and since >= LEAST_STEPS and len(chosen) == want and worst <= tol * size / 2:
+        if not done and since >= LEAST_STEPS and space.m > want and worst <= tol * size / 2 and lead <= tol * size:
             done = block >= want or (before is not None and max(abs(a - b) for a, b in zip(found, before)) <= tol * size)
             if not done:   # does a newcomer change anything?
                 before, since = found, 0

@@ -412,7 +412,8 @@ def bar(label: str, budget: Budget, steps: float):
 
 def train(task: Problem | str, make_optimizer: Callable[[nn.Module], Any] | str, budget: Budget | int | str | None = None, *, seed: int = 0, label: str | None = None,
           batch: int | Sequence[int] | str | None = None, evaluate_every: int | None = None, test: bool = True, measures: Mapping[str, Callable[[nn.Module], float]] | None = None,
-          callbacks: Sequence[Callable[[Run], None]] = (), schedule: Sequence[float] | Callable[[int], Sequence[float]] | None = None, average: float | None = None, model: nn.Module | None = None,
+          callbacks: Sequence[Callable[[Run], None]] = (), watch: Sequence[Callable[[Run], None]] = (), schedule: Sequence[float] | Callable[[int], Sequence[float]] | None = None,
+          average: float | None = None, model: nn.Module | None = None,
           checkpoint: str | Path | None = None, checkpoint_every: int = 100, progress: bool = False) -> Records:
     """Train and keep records.
 
@@ -426,6 +427,7 @@ def train(task: Problem | str, make_optimizer: Callable[[nn.Module], Any] | str,
         test: evaluate on test data as well.
         measures: name -> function of the model, recorded at every evaluation.
         callbacks: functions of the `Run`, called after every step, outside the clock.
+        watch: the same, called before the first step as well (`curvlab.lab.recorder.Recorder`).
         schedule: one factor per step for the learning rates of all parameter groups, or a function of the number of steps that gives them (`step_decay`).
         average: decay of the running average of the weights (`WeightAverage`), e.g. 0.95.
         model: start from this model instead of `task.make_model(seed)`; it is trained in place.
@@ -454,8 +456,10 @@ def train(task: Problem | str, make_optimizer: Callable[[nn.Module], Any] | str,
             callbacks = [*callbacks, stack.enter_context(bar(run.records.label, budget, steps))]
         if not run.records.at:
             measure(run, test, measures)
+            for look in watch:
+                look(run)
         every = evaluate_every or (max(1, int(steps) // 20) if steps < math.inf else 10)
-        loop(run, budget, steps, every, lambda: measure(run, test, measures), rates, schedule, callbacks, checkpoint and Path(checkpoint), checkpoint_every)
+        loop(run, budget, steps, every, lambda: measure(run, test, measures), rates, schedule, [*callbacks, *watch], checkpoint and Path(checkpoint), checkpoint_every)
     return run.records
 
 # %% ../../nbs/lab/train.ipynb #e84c9fe9
