@@ -47,19 +47,23 @@ class QuasiDiagonal:
     @property
     def variance(self) -> Tensor:
         "`s_i = A_ii - A_0i^2 / A_00`, the inputs' weighted variances (second moments without a bias row) `(..., out, in)`."
-        return self.diagonal if self.row is None else self.diagonal - self.row * _quotient(self.row, self.corner, self.corner)
+        return self.diagonal if self.row is None else self.diagonal - self.row.square() * torch.where(self.corner > 0, 1 / self.corner, 0.0)
+
+    def solve_parts(self, v: Tensor, v0: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        "`d` `(..., out, in)` and `d_0` `(..., out, 1)` from the gradient's parts (`v0` is `None` without a bias); 0 where the metric is."
+        if self.corner is None:
+            return _quotient(v, self.diagonal, self.diagonal), None
+        inverse = torch.where(self.corner > 0, 1 / self.corner, 0.0)
+        if self.row is None:
+            return _quotient(v, self.diagonal, self.diagonal), v0 * inverse
+        ratio = self.row * inverse
+        variance = torch.addcmul(self.diagonal, self.row, ratio, value=-1)
+        d = _quotient(torch.addcmul(v, v0, ratio, value=-1), variance, self.diagonal)
+        return d, v0 * inverse - (ratio * d).sum(-1, keepdim=True)
 
     def solve(self, V: Tensor) -> Tensor:
-        "`d` with `A d = V`, unit by unit; 0 where the metric is."
-        if self.corner is None:
-            return _quotient(V, self.diagonal, self.diagonal)
-        v, v0 = V[..., :-1], V[..., -1:]
-        d0 = _quotient(v0, self.corner, self.corner)
-        if self.row is None:
-            return torch.cat([_quotient(v, self.diagonal, self.diagonal), d0], -1)
-        ratio = _quotient(self.row, self.corner, self.corner)
-        d = _quotient(torch.addcmul(v, v0, ratio, value=-1), torch.addcmul(self.diagonal, self.row, ratio, value=-1), self.diagonal)
-        return torch.cat([d, d0 - (ratio * d).sum(-1, keepdim=True)], -1)
+        "`d` with `A d = V`, unit by unit."
+        return self.solve_parts(V, None)[0] if self.corner is None else torch.cat(self.solve_parts(V[..., :-1], V[..., -1:]), -1)
 
     def to_dense(self) -> Tensor:
         "The blocks `(..., out, n, n)` whose inverse `solve` applies."
@@ -185,7 +189,7 @@ class Unitwise(CurvatureOptimizer):
 
     needs_closure = True
 
-    def __init__(self, model: nn.Module, lr: float = 0.03, structure: str = "quasi-diagonal", curvature: str = "fisher-mc", *, damping: float = 1e-8, input_variance: float = 1e-4, decay: float = 0.99,
+    def __init__(self, model: nn.Module, lr: float = 0.03, structure: str = "quasi-diagonal", curvature: str = "fisher-mc", *, damping: float = 0.0, input_variance: float = 1e-4, decay: float = 0.99,
                  refresh_every=1, kl_clip: float | None = 1e-2, **shared: Any):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}: the metric belongs to layers, so pass the module (parameter groups go into groups=[...])")
@@ -249,7 +253,7 @@ def observe(self: Unitwise, active) -> None:
             state = self.state[b.weight]
             k = state["observed"] = state.get("observed", 0) + 1
             old, new = by_weight.setdefault(max(1 / k, 1 - self.decay), ([], []))
-            old.extend(state.setdefault(name, torch.zeros_like(M)) for name, M in self._sums[b.name].items())
+            old.extend(state[name] if name in state else state.setdefault(name, torch.zeros_like(M)) for name, M in self._sums[b.name].items())
             new.extend(self.closure.mean_(list(self._sums[b.name].values())))
     for weight, (old, new) in by_weight.items():
         self.average_(old, new, weight)
@@ -281,15 +285,22 @@ def refresh(self: Unitwise) -> None:
             self.state[b.weight].setdefault("inverse", torch.zeros_like(inverse)).copy_(torch.where(finite, inverse, 0.0))
 
 
+def _solve(self: Unitwise, b: LayerBlock, gs: list[Tensor]) -> Sequence[Tensor]:
+    "Directions of a layer's parameters from their gradients, as many numbers in any shape."
+    if self.structure == "unitwise":
+        return b.split((self.state[b.weight]["inverse"] @ b.matrix(*gs).unsqueeze(-1)).squeeze(-1))
+    shape = self.state[b.weight]["modulus"].shape
+    v0 = gs[1].reshape(shape) if len(gs) > 1 else None
+    return self.metric(b).solve_parts(gs[0].reshape(*shape[:-1], -1), v0)
+
+
 def directions(self: Unitwise, active) -> list[list[Tensor]]:
     "Metric solves for the layers, the fallback for everything else."
     grads = {id(p): g for _, params, gs in active for p, g in zip(params, gs)}
     solved: dict[int, Tensor] = {}
     for b in self.blocks:
         if all(id(p) in grads for p in b.params) and ("inverse" if self.structure == "unitwise" else "modulus") in self.state[b.weight]:
-            V = b.matrix(*(grads[id(p)] for p in b.params))
-            U = (self.state[b.weight]["inverse"] @ V.unsqueeze(-1)).squeeze(-1) if self.structure == "unitwise" else self.metric(b).solve(V)
-            solved |= {id(p): d for p, d in zip(b.params, b.split(U))}
+            solved |= {id(p): d.reshape(p.shape) for p, d in zip(b.params, self._solve(b, [grads[id(p)] for p in b.params]))}
     out = []
     for group, params, gs in active:
         rest = [(p, g) for p, g in zip(params, gs) if id(p) not in solved]
@@ -300,4 +311,4 @@ def directions(self: Unitwise, active) -> list[list[Tensor]]:
     return out
 
 
-Unitwise.metric, Unitwise.refresh, Unitwise.directions = metric, refresh, directions
+Unitwise.metric, Unitwise.refresh, Unitwise._solve, Unitwise.directions = metric, refresh, _solve, directions
