@@ -89,15 +89,13 @@ def unit_moments(a: Tensor, phi: Tensor, structure: str, bias: bool) -> dict[str
     Returns: `modulus` `(groups, out, 1)`, `row` and `diagonal` `(groups, out, in)`, `block` `(groups, out, n, n)` with `n` the width of `a`; `row` only with a bias.
     """
     weights = phi.mT
-    sums = {"modulus": weights.sum(-1, keepdim=True)}
     if structure == "unitwise":
-        sums["block"] = torch.einsum("gro,gri,grj->goij", phi, a, a)
-        return sums
-    inputs = a[..., :-1] if bias else a
+        return {"modulus": weights.sum(-1, keepdim=True), "block": torch.einsum("gro,gri,grj->goij", phi, a, a)}
+    n = a.shape[-1] - bias
     if structure == "quasi-diagonal" and bias:
-        sums["row"] = weights @ inputs
-    sums["diagonal"] = weights @ inputs.square()
-    return sums
+        both = weights @ torch.cat([a, a[..., :n].square()], -1)      # one product; the constant input brings the modulus
+        return {"modulus": both[..., n : n + 1], "row": both[..., :n], "diagonal": both[..., n + 1 :]}
+    return {"modulus": weights.sum(-1, keepdim=True), "diagonal": weights @ a[..., :n].square()}
 
 # %% ../../nbs/optim/unitwise.ipynb #668bd0cc
 ELEMENTWISE = (nn.Sigmoid, nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.LogSigmoid, nn.Hardtanh, nn.Identity, nn.Dropout)
@@ -248,13 +246,14 @@ def _collect_moduli(self: Unitwise, module: nn.Linear, x: Tensor, phi: Tensor) -
 def observe(self: Unitwise, active) -> None:
     "Running averages of the sums; `closure.mean_` averages over data-parallel ranks."
     by_weight: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    self.closure.mean_([M for sums in self._sums.values() for M in sums.values()])
     for b in self.blocks:
         if b.name in self._sums:
             state = self.state[b.weight]
             k = state["observed"] = state.get("observed", 0) + 1
             old, new = by_weight.setdefault(max(1 / k, 1 - self.decay), ([], []))
             old.extend(state[name] if name in state else state.setdefault(name, torch.zeros_like(M)) for name, M in self._sums[b.name].items())
-            new.extend(self.closure.mean_(list(self._sums[b.name].values())))
+            new.extend(self._sums[b.name].values())
     for weight, (old, new) in by_weight.items():
         self.average_(old, new, weight)
     self._sums = {}
