@@ -47,13 +47,13 @@ class QuasiDiagonal:
     @property
     def variance(self) -> Tensor:
         "`s_i = A_ii - A_0i^2 / A_00`, the inputs' weighted variances (second moments without a bias row) `(..., out, in)`."
-        return self.diagonal if self.row is None else self.diagonal - self.row.square() * torch.where(self.corner > 0, 1 / self.corner, 0.0)
+        return self.diagonal if self.row is None else self.diagonal - self.row.square() * torch.where(self.corner > 0, self.corner.reciprocal(), 0.0)
 
     def solve_parts(self, v: Tensor, v0: Tensor | None) -> tuple[Tensor, Tensor | None]:
         "`d` `(..., out, in)` and `d_0` `(..., out, 1)` from the gradient's parts (`v0` is `None` without a bias); 0 where the metric is."
         if self.corner is None:
             return _quotient(v, self.diagonal, self.diagonal), None
-        inverse = torch.where(self.corner > 0, 1 / self.corner, 0.0)
+        inverse = torch.where(self.corner > 0, self.corner.reciprocal(), 0.0)
         if self.row is None:
             return _quotient(v, self.diagonal, self.diagonal), v0 * inverse
         ratio = self.row * inverse
@@ -266,13 +266,15 @@ def metric(self: Unitwise, block: LayerBlock) -> Tensor | QuasiDiagonal:
     "The regularised metric of a layer: full blocks `(groups, out, n, n)`, or their reduction."
     state, group = self.state[block.weight], self.group_of[block.name]
     damping, modulus, bias = group["damping"], state["modulus"], block.bias is not None
-    extra = torch.add(group["input_variance"] * modulus, damping)
     if self.structure == "unitwise":
-        diagonal = extra.expand(*extra.shape[:-1], state["block"].shape[-1])
+        diagonal = (group["input_variance"] * modulus + damping).expand(*modulus.shape[:-1], state["block"].shape[-1])
         if bias:
             diagonal = torch.cat([diagonal[..., :-1], torch.full_like(modulus, damping)], -1)
         return state["block"] + torch.diag_embed(diagonal)
-    return QuasiDiagonal(state["diagonal"] + extra, modulus + damping if bias else None, state.get("row"))
+    diagonal = torch.add(state["diagonal"], modulus, alpha=group["input_variance"])
+    if damping:
+        diagonal, modulus = diagonal + damping, modulus + damping
+    return QuasiDiagonal(diagonal, modulus if bias else None, state.get("row"))
 
 
 def refresh(self: Unitwise) -> None:
