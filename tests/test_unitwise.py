@@ -233,3 +233,16 @@ def test_backpropagated_skips_frozen_layers_and_refuses_what_is_no_chain():
         with pytest.raises(TypeError, match=word):
             Unitwise(bad, curvature="backpropagated")
 
+
+
+@pytest.mark.parametrize("curvature", METRICS)
+@pytest.mark.parametrize("structure", ["quasi-diagonal", "diagonal", "unitwise"])
+def test_what_is_averaged_over_processes_is_contiguous(curvature, structure):
+    """A collective reads a strided view as if it were contiguous, without an error."""
+    model, (x, y) = net(), batch()
+    closure, seen = Objective(model, LOSSES["softmax"]).at(x, y), []
+    plain = closure.mean_
+    closure.mean_ = lambda tensors: seen.extend(tensors) or plain(tensors)
+    optimizer = Unitwise(model, structure=structure, curvature=curvature)
+    optimizer.step(closure)
+    assert len(seen) >= 6 + 2 * 3 and all(t.is_contiguous() for t in seen)

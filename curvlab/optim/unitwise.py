@@ -86,16 +86,15 @@ def unit_moments(a: Tensor, phi: Tensor, structure: str, bias: bool) -> dict[str
         phi: moduli `(groups, rows, out)`.
         structure: which part of the block: see `STRUCTURES`.
 
-    Returns: `modulus` `(groups, out, 1)`, `row` and `diagonal` `(groups, out, in)`, `block` `(groups, out, n, n)` with `n` the width of `a`; `row` only with a bias.
+    Returns: contiguous tensors (a collective that averages them over processes needs that) `modulus` `(groups, out, 1)`, `row` and `diagonal` `(groups, out, in)`, `block` `(groups, out, n, n)` with `n` the width of `a`; `row` only with a bias.
     """
-    weights = phi.mT
+    weights, inputs = phi.mT, a[..., :-1] if bias else a
+    sums = {"modulus": weights.sum(-1, keepdim=True)}
     if structure == "unitwise":
-        return {"modulus": weights.sum(-1, keepdim=True), "block": torch.einsum("gro,gri,grj->goij", phi, a, a)}
-    n = a.shape[-1] - bias
+        return sums | {"block": torch.einsum("gro,gri,grj->goij", phi, a, a).contiguous()}
     if structure == "quasi-diagonal" and bias:
-        both = weights @ torch.cat([a, a[..., :n].square()], -1)      # one product; the constant input brings the modulus
-        return {"modulus": both[..., n : n + 1], "row": both[..., :n], "diagonal": both[..., n + 1 :]}
-    return {"modulus": weights.sum(-1, keepdim=True), "diagonal": weights @ a[..., :n].square()}
+        sums["row"] = weights @ inputs
+    return sums | {"diagonal": weights @ inputs.square()}
 
 # %% ../../nbs/optim/unitwise.ipynb #668bd0cc
 ELEMENTWISE = (nn.Sigmoid, nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.LogSigmoid, nn.Hardtanh, nn.Identity, nn.Dropout)
