@@ -23,11 +23,11 @@ HOST_DECISIONS = {"HessianFree": {"cg", "loss_at", "solve"}}
 SHORT = {"HessianFree": {"max_iter": 3}}  # where such decisions are made up
 
 # Methods that train some kinds of parameter by the engine's fallback and must say so.
-LAYERWISE = {"KFAC"}
+LAYERWISE = {"KFAC", "Unitwise"}
 
 # Methods that draw from the model's predictive distribution: the draws of another split of the batch are other draws, so where
 # two ways to evaluate one batch are compared the curvature is computed without sampling.
-WITHOUT_SAMPLING = {"KFAC": {"curvature": "fisher-exact"}}
+WITHOUT_SAMPLING = {name: {"curvature": "fisher-exact"} for name in ("KFAC", "Unitwise")}
 
 
 def needs_closure(method):

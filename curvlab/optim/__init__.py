@@ -4,6 +4,7 @@ import importlib
 METHODS = {
     "SGD": "first_order", "Adam": "first_order", "AMSGrad": "first_order", "AdaGrad": "first_order", "SignDescent": "first_order",
     "KFAC": "kfac",
+    "Unitwise": "unitwise",
     "Shampoo": "shampoo",
     "AdaHessian": "adahessian",
     "HessianFree": "hessian_free",
