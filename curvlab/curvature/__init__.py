@@ -7,6 +7,7 @@ HOMES = {
     "operators": ["Operator", "Hessian", "GGN", "Fisher", "Identity", "hutchinson_diagonal", "hutchinson_trace"],
     "structured": ["Dense", "Diagonal", "Kronecker", "KroneckerEigen", "KroneckerDifference", "BlockTridiagonal"],
     "capture": ["LayerCapture", "layer_blocks"],
+    "pruning": ["Surgeon", "kronecker_saliencies"],
     "shaping": ["blocks", "merge_dims", "unfold", "fold"],
 }
 
