@@ -134,4 +134,6 @@ def test_bad_arguments_name_themselves():
     state = surgeon.weights.clone()
     with pytest.raises(ValueError, match="q=2"):
         surgeon.remove(2)
+    with pytest.raises(ValueError, match="q=5"):
+        surgeon.remove(5)
     assert torch.equal(surgeon.weights, state)

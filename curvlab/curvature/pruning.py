@@ -58,9 +58,9 @@ class Surgeon:
         """
         costs = self.saliencies()
         q = int(costs.argmin()) if q is None else q
-        cost = float(costs[q])
+        cost = float(costs[q]) if 0 <= q < len(costs) else float("inf")
         if cost == float("inf"):
-            raise ValueError(f"q={q}: this weight cannot be removed; it is gone, is not prunable, or nothing is left to remove")
+            raise ValueError(f"q={q}: this weight cannot be removed; it is gone, is not prunable, does not exist, or nothing is left to remove")
         block = next(i for i, s in enumerate(self.stretches) if s.start <= q < s.stop)
         B, stretch, j = self.inverse[block], self.stretches[block], q - self.stretches[block].start
         if B.ndim == 2:
