@@ -13,13 +13,10 @@ HOMES = {
     "closed_form": ["PerceptronFisher", "CommitteeFisher"],
     "structured": ["Dense", "Diagonal", "Kronecker", "KroneckerDiagonal", "KroneckerEigen", "LowRankDiagonal", "BlockDiagonal", "KroneckerDifference", "BlockTridiagonal"],
     "capture": ["LayerCapture", "layer_blocks"],
-<<<<<<< HEAD
     "capture_layers": ["curvature_blocks"],
     "structured_operator": ["StructuredOperator", "low_rank"],
     "approximations": ["diagonal", "block_diagonal", "kfac", "ekfac", "kronecker_error"],
-=======
     "pruning": ["Surgeon", "kronecker_saliencies"],
->>>>>>> heskes
     "shaping": ["blocks", "merge_dims", "unfold", "fold"],
 }
 
