@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from curvlab.lab.stochastic_quadratic import averaged_excess, decaying_limit, last_excess, modes, moment_recursion, scheduled_excess, simulate
+from curvlab.lab.stochastic_quadratic import averaged_excess, decaying_limit, last_excess, modes, moment_recursion, scheduled_excess, simulate, stacked
 
 close = torch.testing.assert_close
 
@@ -34,6 +34,15 @@ def test_schedule_equals_the_recursion(problem):
     H, S, B, start = problem
     lr = lambda k: 0.8 / (k + 1) ** 0.7
     close(scheduled_excess(modes(H, S, B, start), lr, 60), moment_recursion(H, S, B, lr, 60, start)[0], rtol=1e-9, atol=0)
+
+
+def test_stacked_problems_are_the_single_ones(problem):
+    H, S, B, start = problem
+    several = [modes(H, S, None, start), modes(H, S, B, start)]
+    factor = torch.tensor([[0.3], [0.9]], dtype=torch.double)
+    both = scheduled_excess(stacked(several), lambda k: factor / (k + 1), 20)
+    for i, m in enumerate(several):
+        close(both[:, i], scheduled_excess(m, lambda k: float(factor[i]) / (k + 1), 20))
 
 
 def test_the_limit_of_averages_belongs_to_the_problem_not_to_the_preconditioner(problem):

@@ -5,15 +5,15 @@
 # %% ../../nbs/lab/stochastic_quadratic.ipynb #a7b2f173
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['moment_recursion', 'Modes', 'modes', 'last_excess', 'averaged_excess', 'scheduled_excess', 'decaying_limit',
-           'simulate']
+__all__ = ['moment_recursion', 'Modes', 'modes', 'last_excess', 'averaged_excess', 'stacked', 'scheduled_excess',
+           'decaying_limit', 'simulate']
 
 # %% ../../nbs/lab/stochastic_quadratic.ipynb #61e5b688
 def moment_recursion(H: Tensor, S: Tensor, B: Tensor, lr: float | Callable[[int], float], steps: int, start: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,8 +106,16 @@ def averaged_excess(m: Modes, lr: float, k: Tensor) -> Tensor:
     return (m.rates * second / k**2).sum(-1) / 2
 
 # %% ../../nbs/lab/stochastic_quadratic.ipynb #30b80993
-def scheduled_excess(m: Modes, lr: Callable[[int], float], steps: int) -> Tensor:
-    "Expected excess loss of iterates 1, ..., steps with step `lr(k)` from iterate `k` to the next, `(steps,)`."
+def stacked(problems: Sequence[Modes]) -> Modes:
+    "Several problems of one dimension as one, with fields `(problems, d)`, for `scheduled_excess`."
+    return Modes(*(torch.stack([getattr(m, name) for m in problems]) for name in ("rates", "noise", "start")))
+
+
+def scheduled_excess(m: Modes, lr: Callable[[int], float | Tensor], steps: int) -> Tensor:
+    """Expected excess loss of iterates 1, ..., steps with step `lr(k)` from iterate `k` to the next, `(steps,)`.
+
+    Stacked modes give `(steps, problems)`; their steps may differ: `lr(k)` is a number or a tensor `(problems, 1)`.
+    """
     square, out = m.start, []
     for k in range(steps):
         a = lr(k)
