@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pooch
 import torch
 from torch import Tensor
 
@@ -229,13 +228,19 @@ FASHION_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 def cache_folder() -> Path:
     "Where downloads are kept: `CURVLAB_CACHE`, or the user's cache folder."
-    return Path(os.environ.get("CURVLAB_CACHE") or pooch.os_cache("curvlab"))
+    if folder := os.environ.get("CURVLAB_CACHE"):
+        return Path(folder)
+    import pooch  # only here and below: importing it in a notebook warns where there are no widgets for progress bars
+
+    return pooch.os_cache("curvlab")
 
 
 def download(url: str, sha256: str, folder: Path) -> Path:
     "Fetch `url` into `folder`, verified by checksum. Raises `FileNotFoundError` when offline or refused, `ValueError` on a wrong checksum."
     if os.environ.get("CURVLAB_OFFLINE"):
         raise FileNotFoundError(f"{url} is needed, but CURVLAB_OFFLINE={os.environ['CURVLAB_OFFLINE']!r} forbids downloads")
+    import pooch
+
     try:
         return Path(pooch.retrieve(url, f"sha256:{sha256}", fname=url.rsplit("/", 1)[-1], path=folder, downloader=pooch.HTTPDownloader(timeout=20)))
     except OSError as error:   # every error of the requests library is one
