@@ -121,8 +121,10 @@ UCI = "CC BY 4.0 (UCI Machine Learning Repository)"
 
 def bundled(name: str, **options) -> tuple[np.ndarray, np.ndarray]:
     "Inputs and targets of a set inside scikit-learn, whose import takes a second and is left to those who need it."
+    state = random.getstate()
     from sklearn import datasets
 
+    random.setstate(state)  # the first import draws from it
     return getattr(datasets, f"load_{name}")(return_X_y=True, **options)
 
 
