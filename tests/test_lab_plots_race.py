@@ -101,3 +101,15 @@ def test_race_refuses(optimizers, message):
 
 def test_split_names():
     assert split_names(" A ,B(x=(1, 2), y=[3, 4]),, C") == ["A", "B(x=(1, 2), y=[3, 4])", "C"]
+
+
+def test_interactive_mode_outlives_the_style():
+    # a notebook's backend turns it on when the first figure loads it; if the style undid that, no later figure would be shown
+    before = plt.isinteractive()
+    try:
+        plt.interactive(False)
+        with plots.styled():
+            plt.interactive(True)
+        assert plt.isinteractive()
+    finally:
+        plt.interactive(before)

@@ -19,7 +19,7 @@ from matplotlib.colors import LogNorm, Normalize
 from .train import Records
 
 # %% auto #0
-__all__ = ['INK', 'DASHES', 'METHODS', 'STYLE', 'look', 'looks', 'figure', 'styled', 'band', 'curves', 'time_to_target',
+__all__ = ['INK', 'DASHES', 'METHODS', 'STYLE', 'look', 'looks', 'styled', 'figure', 'band', 'curves', 'time_to_target',
            'criterion_bars', 'paired_bars', 'heat_map', 'scatter']
 
 # %% ../../nbs/lab/plots.ipynb #c44aae2e
@@ -61,17 +61,19 @@ STYLE = {"figure.dpi": 80, "savefig.dpi": 80, "font.size": 10, "axes.titlesize":
          "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "grid.linewidth": 0.6, "lines.linewidth": 1.8, "lines.markersize": 5, "xtick.labelsize": 9, "ytick.labelsize": 9}
 
 
-def figure(rows: int = 1, columns: int = 1, height: float = 2.7, width: float = 7.0, **subplots):
-    "`(figure, axes)` in the common style: `width` inches wide, `height` inches a row; further arguments as for `plt.subplots`."
-    with plt.rc_context(STYLE):
-        return plt.subplots(rows, columns, figsize=(width, height * rows), layout="constrained", **subplots)
-
-
 @contextlib.contextmanager
 def styled():
     "The common style for figures made inside."
     with plt.rc_context(STYLE):
         yield
+        interactive = plt.isinteractive()
+    plt.interactive(interactive)  # a notebook's backend turns this on when its first figure loads it; without it, no later figure is shown
+
+
+def figure(rows: int = 1, columns: int = 1, height: float = 2.7, width: float = 7.0, **subplots):
+    "`(figure, axes)` in the common style: `width` inches wide, `height` inches a row; further arguments as for `plt.subplots`."
+    with styled():
+        return plt.subplots(rows, columns, figsize=(width, height * rows), layout="constrained", **subplots)
 
 # %% ../../nbs/lab/plots.ipynb #6ee60c82
 def band(runs: Sequence[Records], y: str, x: str, window: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
