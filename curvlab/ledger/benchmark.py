@@ -13,11 +13,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from .claims import LedgerError
 from .results import check_arguments, commit, show, versions, write_result
 
 # %% auto #0
-__all__ = ['processor', 'machine', 'version_of', 'Benchmark', 'table_markdown']
+__all__ = ['processor', 'machine', 'version_of', 'Benchmark', 'cells', 'table_markdown', 'benchmark_table']
 
 # %% ../../nbs/ledger/benchmark.ipynb #610a4d6b
 def processor() -> str:
@@ -79,9 +81,23 @@ class Benchmark:
             write_result(Path(self.out) / "benchmark.json", self.head | times | {"tables": self.tables})
 
 
-def table_markdown(rows: list[Mapping[str, Any]]) -> str:
-    "Rows as a Markdown table; three digits, and nothing where a row has no value."
+def cells(rows: list[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    "Column names, and the rows as text: three digits, and nothing where a row has no value."
     keys = list(dict.fromkeys(k for row in rows for k in row))
     text = lambda v: "" if v is None else v if isinstance(v, str) else f"{v:.3g}" if isinstance(v, float) else str(v)
-    lines = [f"| {' | '.join(keys)} |", f"|{' --- |' * len(keys)}"]
-    return "\n".join(lines + [f"| {' | '.join(text(row.get(k)).replace('|', '∣') for k in keys)} |" for row in rows])
+    return keys, [[text(row.get(k)) for k in keys] for row in rows]
+
+
+def table_markdown(rows: list[Mapping[str, Any]]) -> str:
+    "Rows as a Markdown table."
+    keys, body = cells(rows)
+    return "\n".join([f"| {' | '.join(keys)} |", f"|{' --- |' * len(keys)}", *(f"| {' | '.join(c.replace('|', '∣') for c in row)} |" for row in body)])
+
+
+def benchmark_table(title: str, rows: list[Mapping[str, Any]]) -> Table:
+    "Rows as a table for the terminal."
+    keys, body = cells(rows)
+    table = Table(*keys, title=title, box=None, pad_edge=False)
+    for row in body:
+        table.add_row(*row)
+    return table
