@@ -134,7 +134,7 @@ def test_port_race_is_tried_once_more(toys, monkeypatch):
     toys.add("good")
     answers = ["ZMQError: Address already in use"]
     real = batch.run_child
-    monkeypatch.setattr(batch, "run_child", lambda job, folder: answers.pop() if answers else real(job, folder))
+    monkeypatch.setattr(batch, "run_child", lambda *run: answers.pop() if answers else real(*run))
     assert status(run_batch(["good"], out=toys.out)) == {"good": "finished"}
     answers[:] = ["ZMQError: Address already in use"] * 2
     [outcome] = run_batch(["good"], out=toys.out, force=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['THREADS', 'CHILDREN', 'PORT_RACE', 'BatchError', 'parameter_names', 'check_parameters', 'Job', 'Outcome',
            'verdicts_of', 'matches', 'finished', 'kill_tree', 'watch_parent', 'execute', 'child', 'child_environment',
-           'run_child', 'short', 'work', 'set_aside', 'conclude', 'locked', 'probe', 'make_jobs', 'runnable',
+           'run_child', 'short', 'attempt', 'work', 'set_aside', 'conclude', 'locked', 'probe', 'make_jobs', 'runnable',
            'make_executor', 'clear_leftovers', 'run_batch', 'collect', 'finished_runs', 'latest_runs', 'is_current',
            'clean']
 
@@ -176,28 +176,28 @@ def child():
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
-def child_environment(job, ipython_folder):
-    "Environment variables of a child process."
+def child_environment(more, ipython_folder):
+    "Environment variables of a child process; `more` comes on top."
     fixed = dict.fromkeys(THREADS, "1") | {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYDEVD_DISABLE_FILE_VALIDATION": "1",
                                            "JUPYTER_PREFER_ENV_PATH": "1", "IPYTHONDIR": str(ipython_folder), "TQDM_DISABLE": "1"}
-    return os.environ | fixed | job.environment
+    return os.environ | fixed | more
 
 
-def run_child(job, folder):
-    "Execute the job's notebook in `folder` with its time limit; returns an error message, empty on success."
-    arguments = json.dumps([str(notebook_path(job.paper)), str(folder), job.parameters(folder)])
+def run_child(notebook, parameters, folder, timeout, environment):
+    "Execute a notebook file with parameters in `folder`, for at most `timeout` seconds; returns an error message, empty on success."
+    arguments = json.dumps([str(notebook), str(folder), parameters])
     alive, keep = os.pipe()                  # the child watches one end; the other closes when this process dies
     try:
         with tempfile.TemporaryDirectory(prefix="curvlab-") as private, open(folder / "log.txt", "ab") as log:
             process = subprocess.Popen([sys.executable, "-c", "from curvlab.batch.run import child; child()", arguments], stdin=alive,
-                                       stdout=subprocess.PIPE, stderr=log, env=child_environment(job, private), cwd=folder)
+                                       stdout=subprocess.PIPE, stderr=log, env=child_environment(environment, private), cwd=folder)
             CHILDREN.add(process.pid)
             try:
-                answer, _ = process.communicate(timeout=job.timeout)
+                answer, _ = process.communicate(timeout=timeout)
             except subprocess.TimeoutExpired:
                 kill_tree(process.pid)
                 process.communicate()
-                return f"timed out after {job.timeout:g} s"
+                return f"timed out after {timeout:g} s"
             finally:
                 CHILDREN.discard(process.pid)
     finally:
@@ -223,6 +223,12 @@ def short(message, limit=400):
     return text if len(text) <= limit else text[:limit] + " …"
 
 
+def attempt(notebook, parameters, folder, timeout, environment):
+    "`run_child`, once more where two kernels were given the same port."
+    error = run_child(notebook, parameters, folder, timeout, environment)
+    return run_child(notebook, parameters, folder, timeout, environment) if any(text in error for text in PORT_RACE) else error
+
+
 def work(job):
     "Run one job to its end and return the `Outcome`. Never raises: whatever happens becomes a message."
     start = time.time()
@@ -230,9 +236,7 @@ def work(job):
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        error = run_child(job, folder)
-        if any(text in error for text in PORT_RACE):
-            error = run_child(job, folder)
+        error = attempt(notebook_path(job.paper), job.parameters(folder), folder, job.timeout, job.environment)
         if not error:
             return conclude(job, folder, start)
     except OSError as problem:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'MARKS', 'DamagedResult', 'write_atomically', 'encode', 'short_hash', 'notebook_hash', 'package_hash',
-           'commit', 'versions', 'digest', 'write_result', 'read_result', 'as_values', 'shown', 'show', 'cell',
-           'claims_markdown', 'verdicts_markdown', 'check_arguments', 'checked_measures', 'ledger_file', 'Run',
+           'commit', 'versions', 'digest', 'write_result', 'read_signed', 'read_result', 'as_values', 'shown', 'show',
+           'cell', 'claims_markdown', 'verdicts_markdown', 'check_arguments', 'checked_measures', 'ledger_file', 'Run',
            'claim_entry', 'result_of', 'costs_markdown', 'read_results', 'compare']
 
 # %% ../../nbs/ledger/results.ipynb #6b81fc77
@@ -112,18 +112,24 @@ def write_result(path, result):
     write_atomically(path, json.dumps(result | {"digest": digest(result)}, indent=1) + "\n")
 
 
-def read_result(path):
-    "The result in file `path`; raises `DamagedResult` naming file and fault, `FileNotFoundError` if there is none."
+def read_signed(path, fields=("digest",)):
+    "The mapping in the JSON file `path`, which must have these fields and match its digest; raises `DamagedResult` naming file and fault, `FileNotFoundError` if there is none."
     path = Path(path)
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DamagedResult(f"{path}: not complete JSON ({error}); delete it and run again") from None
-    missing = [f for f in FIELDS + ("digest",) if not isinstance(result, dict) or f not in result]
+    missing = [f for f in fields if not isinstance(result, dict) or f not in result]
     if missing:
         raise DamagedResult(f"{path}: field {missing[0]!r} is missing; delete the file and run again")
     if result["digest"] != digest(result):
         raise DamagedResult(f"{path}: content does not match its digest (cut off or edited); delete it and run again")
+    return result
+
+
+def read_result(path):
+    "The result of a paper in file `path`; raises what `read_signed` raises."
+    result = read_signed(path, FIELDS + ("digest",))
     for id, claim in result["claims"].items():
         if claim.get("verdict") not in VERDICTS:
             raise DamagedResult(f"{path}: claim {id!r} has verdict {claim.get('verdict')!r}, not one of {list(VERDICTS)}")
