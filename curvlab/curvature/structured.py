@@ -401,7 +401,7 @@ class BlockDiagonal:
         return self._each("diagonal")
 
     def to_dense(self) -> Tensor:
-        "One matrix over the concatenated, flattened `V`s."
+        "One matrix over the flattened `V` of all blocks, one after the other."
         dense = [D.reshape(-1, *D.shape[-2:]) for D in self._each("to_dense")]
         return torch.block_diag(*(D for group in dense for D in group))
 

@@ -73,7 +73,8 @@ def stage_notebook(source: Path, target: Path) -> None:
     origin = f"Exports {{py:mod}}`{module}`" if module else ledger if source.parent.name == "papers" else ""
     opening = "".join(notebook["cells"][0]["source"])
     below = opening[TITLE.match(opening).end() :].strip()     # a reference, or the first paragraphs, under the summary
-    first = {**notebook["cells"][0], "source": f"# {title}\n\n:::{{container}} lead\n{summary}\n:::\n\n:::{{container}} origin\n{origin}\n:::\n\n{below}\n"}
+    boxes = "\n\n".join(f":::{{container}} {name}\n{text}\n:::" for name, text in (("lead", summary), ("origin", origin)) if text)
+    first = {**notebook["cells"][0], "source": f"# {title}\n\n{boxes}\n\n{below}\n"}
     rest = [staged for cell in notebook["cells"][1:] if (staged := stage_cell(cell))]
     language = {"name": "python", "pygments_lexer": "ipython3"}
     page = {**notebook, "cells": [first, *rest], "metadata": {**notebook["metadata"], "language_info": language}}
