@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from .capture import LayerBlock, LayerCapture, Sample
 from .capture_layers import EmbeddingBlock, NormBlock, curvature_blocks, unrolling
-from .structured import BlockDiagonal, Dense, Diagonal, Kronecker, KroneckerDiagonal, KroneckerEigen
+from .structured import BlockDiagonal, Dense, Diagonal, gram, Kronecker, KroneckerDiagonal, KroneckerEigen
 from .structured_operator import StructuredOperator
 from ..likelihood import FISHERS
 from ..objective import Closure, Objective, bare, say_once
 
 # %% auto #0
 __all__ = ['BY', 'SHARING', 'UNSUPPORTED', 'by_example', 'wide', 'per_example', 'GradientSums', 'DenseSums', 'DiagonalSums',
-           'gram', 'KroneckerSums', 'EigenSums', 'batches_of', 'Target', 'gather', 'share_rows', 'reduced', 'single',
+           'KroneckerSums', 'EigenSums', 'batches_of', 'Target', 'gather', 'share_rows', 'reduced', 'single',
            'example_pullbacks', 'places', 'model_targets', 'diagonal', 'dense_targets', 'rest_target', 'block_diagonal',
            'exact_target', 'kronecker_targets', 'kfac', 'ekfac', 'Probed', 'ProbeSums', 'BlockError', 'block_error',
            'kronecker_error']
@@ -112,16 +112,6 @@ class DiagonalSums(GradientSums):
         return Diagonal(self.total * scale)
 
 # %% ../../nbs/curvature/approximations.ipynb #c57485f3
-def gram(rows: Tensor, before: Tensor | None, factor: Tensor | float | None = None) -> Tensor:
-    "`before + factor * sum of r r^T` over rows `(groups, B, T, d)`: `(groups, d, d)`, added in place."
-    r = rows.flatten(1, 2)
-    if before is None:
-        product = r.mT @ r if len(r) > 1 else (r[0].mT @ r[0]).unsqueeze(0)  # one matrix: mm is faster than bmm
-        return product if factor is None else product.mul_(factor)
-    scaled = r if factor is None else r * factor
-    return before.baddbmm_(scaled.mT, r) if len(r) > 1 else before[0].addmm_(scaled[0].mT, r[0]).unsqueeze(0)
-
-
 class KroneckerSums:
     "Factors `A` and `G` of one block."
 

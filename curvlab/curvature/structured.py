@@ -15,8 +15,9 @@ from torch import Tensor
 from .roots import eigendecomposition
 
 # %% auto #0
-__all__ = ['spd_inverse', 'add_diagonal', 'as_columns', 'Dense', 'Diagonal', 'pi_of', 'ratio_root', 'Kronecker', 'KroneckerEigen',
-           'KroneckerDiagonal', 'LowRankDiagonal', 'BlockDiagonal', 'KroneckerDifference', 'BlockTridiagonal']
+__all__ = ['NARROW', 'spd_inverse', 'add_diagonal', 'gram', 'as_columns', 'Dense', 'Diagonal', 'pi_of', 'ratio_root', 'Kronecker',
+           'KroneckerEigen', 'KroneckerDiagonal', 'LowRankDiagonal', 'BlockDiagonal', 'KroneckerDifference',
+           'BlockTridiagonal']
 
 # %% ../../nbs/curvature/structured.ipynb #f698b8f5
 def spd_inverse(M: Tensor) -> Tensor:
@@ -38,6 +39,32 @@ def add_diagonal(M: Tensor, value: Tensor | float) -> Tensor:
     out = M.clone()
     diagonal = out.diagonal(dim1=-2, dim2=-1)
     diagonal += value[..., None] if isinstance(value, Tensor) and value.ndim else value
+    return out
+
+# %% ../../nbs/curvature/structured.ipynb #cf54e15a
+NARROW = 256  # columns below which a symmetric product is not cut any further
+
+
+def _add_symmetric(out: Tensor, s: Tensor, r: Tensor, beta: float) -> None:
+    "`out <- beta * out + s^T r`, known to be symmetric, for rows `(N, d)`; with `beta=0` what was in `out` does not matter."
+    d = out.shape[0]
+    if d <= NARROW:
+        out.addmm_(s.mT, r, beta=beta)
+        return
+    h = d // 2
+    _add_symmetric(out[:h, :h], s[:, :h], r[:, :h], beta)
+    _add_symmetric(out[h:, h:], s[:, h:], r[:, h:], beta)
+    out[:h, h:] = out[h:, :h].addmm_(s[:, h:].mT, r[:, :h], beta=beta).mT
+
+
+def gram(rows: Tensor, before: Tensor | None = None, factor: Tensor | float | None = None) -> Tensor:
+    "`before + factor * sum of r r^T` over rows `(groups, B, T, d)`: `(groups, d, d)`; `before` is symmetric and is written into."
+    r = rows.flatten(1, 2)
+    s = r if factor is None else r * factor
+    if len(r) > 1:
+        return torch.bmm(s.mT, r) if before is None else before.baddbmm_(s.mT, r)
+    out = r.new_empty(1, r.shape[-1], r.shape[-1]) if before is None else before
+    _add_symmetric(out[0], s[0], r[0], 0.0 if before is None else 1.0)
     return out
 
 # %% ../../nbs/curvature/structured.ipynb #4fcebc86

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..curvature.capture import LayerBlock, LayerCapture, Sample, layer_blocks
 from ..curvature.roots import eigendecomposition, grouped
-from ..curvature.structured import BlockTridiagonal, Kronecker, KroneckerDifference, KroneckerEigen, spd_inverse
+from ..curvature.structured import BlockTridiagonal, gram, Kronecker, KroneckerDifference, KroneckerEigen, spd_inverse
 from ..likelihood import FISHERS
 from .engine import CurvatureOptimizer, require, wide
 
@@ -24,15 +24,22 @@ class FactorSums:
     "Sums over the parts and cotangents of one batch, for one block."
 
     def __init__(self):
-        self.A, self.G, self.examples, self.rows = 0.0, 0.0, 0, 0
+        self.A, self.G, self.examples, self.rows = None, None, 0, 0
 
     def add(self, a: Tensor, g: Tensor, weight: float | Tensor, first: bool) -> None:
         "`a`: `(groups, B, T, in)`, `g`: `(groups, B, T, out)`; inputs are the same for all cotangents of a forward pass."
         if first:
-            self.A = self.A + a.flatten(1, 2).mT @ a.flatten(1, 2)
+            self.A = gram(a, self.A)
             self.rows += a.shape[1] * a.shape[2]
             self.examples = self.examples + a.shape[1]
-        self.G = self.G + g.flatten(1, 2).mT @ g.flatten(1, 2) / weight
+        self.G = gram(g, self.G, 1 / weight)
+
+    def add_cross(self, a: tuple[Tensor, Tensor], g: tuple[Tensor, Tensor], weight: float | Tensor, first: bool) -> None:
+        "The same between two layers: `a[0] a[1]^T` and `g[0] g[1]^T`, summed over rows."
+        A, G = (x.flatten(1, 2).mT @ y.flatten(1, 2) for x, y in (a, g))
+        if first:
+            self.A = A if self.A is None else self.A + A
+        self.G = G / weight if self.G is None else self.G + G / weight
 
     def factors(self, uses: int) -> list[Tensor]:
         "`[A, G]`; `uses` is how often the block appears in one forward pass."
@@ -116,8 +123,7 @@ def _collect(self: KFAC, samples: list[Sample], weight: float | Tensor, first: b
         if self.structure == "tridiagonal":
             for (name, a, g), (_, a1, g1) in zip(rows, rows[1:]):
                 cross = self._sums.setdefault(name + "|next", FactorSums())
-                cross.A = cross.A + (a.flatten(1, 2).mT @ a1.flatten(1, 2) if first else 0.0)
-                cross.G = cross.G + g.flatten(1, 2).mT @ g1.flatten(1, 2) / weight
+                cross.add_cross((a, a1), (g, g1), weight, first)
 
 
 def observe(self: KFAC, active) -> None:
