@@ -9,6 +9,7 @@ HOMES = {
     "algebra": ["Operator", "Identity", "DiagonalOperator", "MatrixOperator", "as_operator", "Sum", "Scaled", "Product", "Transposed", "SubBlock", "flat", "unflat"],
     "operators": ["NetworkOperator", "Batches", "Hessian", "GGN", "Residual", "Fisher", "Covariance"],
     "jacobian": ["Jacobian", "NTK"],
+    "function_space": ["NTKLinear", "ntk_mlp", "FactoredJacobian", "factored_jacobian", "dense_fisher", "natural_steps", "optimal_rates", "apply_steps"],
     "preconditioners": ["Preconditioner", "Preconditioned", "preconditioner_of"],
     "structured": ["Dense", "Diagonal", "Kronecker", "KroneckerEigen", "KroneckerDifference", "BlockTridiagonal"],
     "capture": ["LayerCapture", "layer_blocks"],
