@@ -123,3 +123,15 @@ def test_bad_input():
                        (lambda: factored_jacobian(nn.Linear(INPUTS, 1).double(), x), "NTKLinear"), (lambda: factored_jacobian(NTKLinear(INPUTS, 2).double(), x), "one output")):
         with pytest.raises(ValueError, match=word):
             call()
+
+
+def test_undamped_unit_wise_kernel_counts_active_units():
+    model, x, _ = net(4, seed=3)
+    J = factored_jacobian(model, x)
+    K = torch.stack([J.push(natural_steps(J, e, "unit-wise")) for e in torch.eye(N).double()], 1)
+    active, h = torch.ones(N).double(), x
+    for layer in model[:-1]:
+        h = layer(h)
+        active += (h > 0).sum(1) * isinstance(layer, nn.ReLU)
+    torch.testing.assert_close(K, torch.diag(active), rtol=1e-7, atol=1e-7)
+    assert optimal_rates("unit-wise", N, 4, WIDTH) == [1 / (0.5 * 3 * WIDTH + 1)] * 4
