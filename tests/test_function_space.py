@@ -66,6 +66,15 @@ def test_steps_equal_the_pseudo_inverse(structure, depth, activation):
     torch.testing.assert_close(column(natural_steps(J, e, structure)), expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("structure", ["exact", "block-diagonal", "K-FAC", "unit-wise"])
+def test_steps_with_dependent_examples(structure):
+    model, x, e = net(3, seed=4)
+    x = torch.cat([x[:-1], x[:1]])  # the first example twice, with different residuals
+    J = factored_jacobian(model, x)
+    expected = torch.linalg.pinv(dense_fisher(J, structure), hermitian=True, rtol=1e-11) @ (J.rows().T @ e) / N
+    torch.testing.assert_close(column(natural_steps(J, e, structure)), expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+
+
 def test_damped_unit_wise_steps():
     model, x, e = net()
     J = factored_jacobian(model, x)
@@ -126,8 +135,10 @@ def test_bad_input():
 
 
 def test_undamped_unit_wise_kernel_counts_active_units():
-    model, x, _ = net(4, seed=3)
+    torch.manual_seed(3)
+    model, x = ntk_mlp(INPUTS, 2 * WIDTH, 4).double(), torch.randn(N, INPUTS).double()
     J = factored_jacobian(model, x)
+    assert all(torch.linalg.matrix_rank(a) == N for a in J.a)  # else a unit's projection is not the whole of its active examples
     K = torch.stack([J.push(natural_steps(J, e, "unit-wise")) for e in torch.eye(N).double()], 1)
     active, h = torch.ones(N).double(), x
     for layer in model[:-1]:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['STRUCTURES', 'NTKLinear', 'ntk_mlp', 'FactoredJacobian', 'factored_jacobian', 'check_structure', 'dense_fisher',
-           'tridiagonal_weights', 'layer_steps', 'kfac_steps', 'unit_steps', 'natural_steps', 'optimal_rates',
-           'apply_steps']
+__all__ = ['STRUCTURES', 'CUTOFF', 'NTKLinear', 'ntk_mlp', 'FactoredJacobian', 'factored_jacobian', 'check_structure',
+           'dense_fisher', 'tridiagonal_weights', 'solve', 'layer_steps', 'kfac_steps', 'unit_steps', 'natural_steps',
+           'optimal_rates', 'apply_steps']
 
 # %% ../../nbs/curvature/function_space.ipynb #8a5f7220
 class NTKLinear(nn.Module):
@@ -145,14 +145,22 @@ def tridiagonal_weights(depth: int) -> list[float]:
     return w
 
 
+CUTOFF = 1e-12  # eigenvalues and singular values below this share of the largest count as zero
+
+
+def solve(K: Tensor, e: Tensor) -> Tensor:
+    "`K^+ e` for a symmetric kernel."
+    return torch.linalg.pinv(K, hermitian=True, rtol=CUTOFF) @ e
+
+
 def layer_steps(J: FactoredJacobian, e: Tensor, weights: Sequence[float]) -> list[Tensor]:
-    "`w_l J_l' K_l^-1 e` for every layer, in the shape of the weights; layers of weight 0 do not move."
-    return J.pull([w * torch.linalg.solve(K, e) if w else torch.zeros_like(e) for w, K in zip(weights, J.kernels())])
+    "`w_l J_l' K_l^+ e` for every layer, in the shape of the weights; layers of weight 0 do not move."
+    return J.pull([w * solve(K, e) if w else torch.zeros_like(e) for w, K in zip(weights, J.kernels())])
 
 # %% ../../nbs/curvature/function_space.ipynb #1519cc49
 def kfac_steps(J: FactoredJacobian, e: Tensor) -> list[Tensor]:
     "`B^+ (1/N sum_n e_n b_n a_n') A^+` for every layer, `A` and `B` the second moments of the factors; undamped."
-    return [len(e) * (torch.linalg.pinv(b) * e) @ torch.linalg.pinv(a).mT for a, b in zip(J.a, J.b)]
+    return [len(e) * (torch.linalg.pinv(b, rtol=CUTOFF) * e) @ torch.linalg.pinv(a, rtol=CUTOFF).mT for a, b in zip(J.a, J.b)]
 
 
 def unit_steps(J: FactoredJacobian, e: Tensor, damping: float = 0.0) -> list[Tensor]:
@@ -162,16 +170,15 @@ def unit_steps(J: FactoredJacobian, e: Tensor, damping: float = 0.0) -> list[Ten
     """
     steps = []
     for a, b in zip(J.a, J.b):
-        gram, s = a @ a.mT, b.mT[:, :, None]
+        Q, R = torch.linalg.qr(a.mT)  # a = R' Q', so that a unit's Jacobian diag(b_i) a needs only (N, N) matrices
+        rows = b.mT[:, :, None] * R.mT
         if damping:
-            K = s * gram * s.mT
+            K = rows @ rows.mT
             ridge = damping * K.diagonal(dim1=1, dim2=2).mean()
-            c = torch.linalg.solve(K + ridge * torch.eye(len(e), dtype=K.dtype, device=K.device), e.expand(len(K), -1)) * b.mT
+            c = torch.linalg.solve(K + ridge * torch.eye(len(e), dtype=K.dtype, device=K.device), e.expand(len(K), -1))
+            steps.append((rows.mT @ c[:, :, None])[:, :, 0] @ Q.mT)
         else:
-            active = (s != 0).to(gram.dtype)
-            target = torch.where(s != 0, e[:, None] / s, torch.zeros_like(s))  # J_i^+ e = A_active^+ (e / b)
-            c = torch.linalg.solve(active * gram * active.mT + torch.diag_embed(1 - active[..., 0]), target)[..., 0]
-        steps.append(c @ a)
+            steps.append(torch.linalg.pinv(rows, rtol=CUTOFF) @ e @ Q.mT)
     return steps
 
 # %% ../../nbs/curvature/function_space.ipynb #05e773cb
@@ -184,7 +191,8 @@ def natural_steps(J: FactoredJacobian, e: Tensor, structure: str = "exact", damp
         structure: one of `STRUCTURES`.
         damping: for unit-wise only, see `unit_steps`; the others are undamped.
 
-    The loss is the mean of half squared errors. Source: Karakida & Osawa (2020), section 4.
+    The loss is the mean of half squared errors. The block-tridiagonal step is that of the pseudo-inverse if every layer's kernel is invertible; the others hold for any rank. Use double precision: kernels of similar examples
+    are nearly singular. Source: Karakida & Osawa (2020), section 4.
 
     Raises:
         ValueError: unknown structure, damping where there is none or negative, `e` of the wrong shape, or a depth for which the block-tridiagonal matrix is singular.
@@ -195,7 +203,7 @@ def natural_steps(J: FactoredJacobian, e: Tensor, structure: str = "exact", damp
     if damping < 0 or (damping and structure != "unit-wise"):
         raise ValueError(f"damping={damping} with structure={structure!r}: only 'unit-wise' takes damping, and it must be at least 0")
     if structure == "exact":
-        return J.pull([torch.linalg.solve(sum(J.kernels()), e)] * len(J.a))
+        return J.pull([solve(sum(J.kernels()), e)] * len(J.a))
     if structure == "K-FAC":
         return kfac_steps(J, e)
     if structure == "unit-wise":
