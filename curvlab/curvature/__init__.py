@@ -9,6 +9,7 @@ HOMES = {
     "algebra": ["Operator", "Identity", "DiagonalOperator", "MatrixOperator", "as_operator", "Sum", "Scaled", "Product", "Transposed", "SubBlock", "flat", "unflat"],
     "operators": ["NetworkOperator", "Batches", "Hessian", "GGN", "Residual", "Fisher", "Covariance"],
     "jacobian": ["Jacobian", "NTK"],
+    "function_space": ["NTKLinear", "ntk_mlp", "FactoredJacobian", "factored_jacobian", "dense_fisher", "natural_steps", "optimal_rates", "apply_steps"],
     "preconditioners": ["Preconditioner", "Preconditioned", "preconditioner_of"],
     "closed_form": ["PerceptronFisher", "CommitteeFisher"],
     "structured": ["Dense", "Diagonal", "Kronecker", "KroneckerDiagonal", "KroneckerEigen", "LowRankDiagonal", "BlockDiagonal", "KroneckerDifference", "BlockTridiagonal"],
