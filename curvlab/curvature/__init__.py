@@ -10,7 +10,7 @@ HOMES = {
     "operators": ["NetworkOperator", "Batches", "Hessian", "GGN", "Residual", "Fisher", "Covariance"],
     "jacobian": ["Jacobian", "NTK"],
     "preconditioners": ["Preconditioner", "Preconditioned", "preconditioner_of"],
-    "closed_form": ["PerceptronFisher", "CommitteeFisher"],
+    "closed_form": ["PerceptronFisher", "CommitteeFisher", "UnitFisher"],
     "structured": ["Dense", "Diagonal", "Kronecker", "KroneckerDiagonal", "KroneckerEigen", "LowRankDiagonal", "BlockDiagonal", "KroneckerDifference", "BlockTridiagonal"],
     "capture": ["LayerCapture", "layer_blocks"],
     "capture_layers": ["curvature_blocks"],
