@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from curvlab.curvature import CommitteeFisher, PerceptronFisher
+from curvlab.curvature import CommitteeFisher, PerceptronFisher, UnitFisher
 
 BELL = lambda u: math.sqrt(2 / math.pi) * torch.exp(-u * u / 2)
 SLOPES = {"tanh": lambda u: 1 - torch.tanh(u) ** 2, "erf": BELL, "linear": torch.ones_like}
@@ -83,3 +83,63 @@ def test_as_many_units_as_inputs():
 def test_bad_arguments_are_named(make, word):
     with pytest.raises(ValueError, match=word):
         make()
+
+
+def stack_of_units(seed=0):
+    "Three units with five inputs: weights, biases, means and variances of the inputs, all generic."
+    w, bias, mean = (normal(3, k, seed=10 * seed + j) for j, k in enumerate((5, 1, 5)))
+    return w, bias, mean, 0.2 + normal(3, 5, seed=10 * seed + 4).abs()
+
+
+@pytest.mark.parametrize("name", [*SLOPES, "relu"])
+def test_unit_against_sampled_inputs(name):
+    slope = {**SLOPES, "relu": lambda u: (u > 0).double()}[name]
+    w, bias, mean, variance = stack_of_units()
+    F = UnitFisher(w, bias, slope, mean, variance, nodes=4001).to_dense()
+    for k in range(3):
+        x = torch.cat([mean[k] + variance[k].sqrt() * normal(300_000, 5, seed=k), torch.ones(300_000, 1, dtype=torch.double)], 1)
+        score = slope(x[:, :5] @ w[k] + bias[k])[:, None] * x
+        assert (F[k] - score.T @ score / len(x)).norm() < 0.02 * F[k].norm()
+
+
+def test_unit_erf_has_elementary_averages():
+    """For bells, N(0, 1) times f'^2 is a Gaussian again: variance tau = 1 / (1 + 2 l^2), centre -2 l mu tau, mass (2/pi) sqrt(tau) exp(-mu^2 tau)."""
+    w, bias, mean, variance = stack_of_units(1)
+    F = UnitFisher(w, bias, BELL, mean, variance)
+    l, mu = (w**2 * variance).sum(1, keepdim=True).sqrt(), bias + (w * mean).sum(1, keepdim=True)
+    tau = 1 / (1 + 2 * l * l)
+    mass, centre = 2 / math.pi * tau.sqrt() * torch.exp(-mu * mu * tau), -2 * l * mu * tau
+    torch.testing.assert_close(F.a0, mass, rtol=1e-12, atol=0)
+    torch.testing.assert_close(F.b1, mass * centre, rtol=1e-11, atol=0)
+    torch.testing.assert_close(F.b2, mass * (tau + centre**2), rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_unit_products_and_solves(damping):
+    w, bias, mean, variance = stack_of_units(2)
+    F, V = UnitFisher(w, bias, SLOPES["tanh"], mean, variance), normal(3, 6, seed=9)
+    dense = F.to_dense()
+    C = torch.eye(6, dtype=torch.double).repeat(3, 1, 1)
+    C[:, :5, 5] = mean
+    torch.testing.assert_close(F @ V, (dense @ V[..., None])[..., 0])
+    torch.testing.assert_close(F.solve(V, damping), torch.linalg.solve(dense + damping * C @ C.mT, V))
+    each = torch.tensor([[0.1], [0.2], [0.4]], dtype=torch.double)
+    torch.testing.assert_close(F.solve(V, each), torch.linalg.solve(dense + each[..., None] * C @ C.mT, V))
+
+
+def test_unit_without_bias_is_the_perceptron_and_shared_moments_are_allowed():
+    w, bias, mean, variance = stack_of_units(3)
+    block = UnitFisher(w, 0 * bias, SLOPES["tanh"]).to_dense()
+    torch.testing.assert_close(block[:, :5, :5], PerceptronFisher(w, SLOPES["tanh"]).to_dense())
+    shared = UnitFisher(w, bias, SLOPES["tanh"], mean[0], variance[0])
+    repeated = UnitFisher(w, bias, SLOPES["tanh"], mean[0].expand(3, 5), variance[0].expand(3, 5))
+    torch.testing.assert_close(shared.to_dense(), repeated.to_dense())
+    torch.testing.assert_close(shared.solve(w.new_ones(3, 6)), repeated.solve(w.new_ones(3, 6)))
+
+
+def test_unit_refuses_wrong_shapes():
+    w, bias, *_ = stack_of_units()
+    with pytest.raises(ValueError, match="bias has shape"):
+        UnitFisher(w, bias[:, 0], SLOPES["tanh"])
+    with pytest.raises(ValueError, match="nodes=3"):
+        UnitFisher(w, bias, SLOPES["tanh"], nodes=3)

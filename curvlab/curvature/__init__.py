@@ -11,7 +11,7 @@ HOMES = {
     "jacobian": ["Jacobian", "NTK"],
     "function_space": ["NTKLinear", "ntk_mlp", "FactoredJacobian", "factored_jacobian", "dense_fisher", "natural_steps", "optimal_rates", "apply_steps"],
     "preconditioners": ["Preconditioner", "Preconditioned", "preconditioner_of"],
-    "closed_form": ["PerceptronFisher", "CommitteeFisher"],
+    "closed_form": ["PerceptronFisher", "CommitteeFisher", "UnitFisher"],
     "structured": ["Dense", "Diagonal", "Kronecker", "KroneckerDiagonal", "KroneckerEigen", "LowRankDiagonal", "BlockDiagonal", "KroneckerDifference", "BlockTridiagonal"],
     "capture": ["LayerCapture", "layer_blocks"],
     "capture_layers": ["curvature_blocks"],
