@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from curvlab import Objective
-from curvlab.curvature import (GGN, Hessian, condition_number, density, eigenpairs, exact_spectrum, frobenius_norm, hutchinson_diagonal, hutchinson_trace, hutchpp_trace,
+from curvlab.curvature import (GGN, Hessian, concentration, condition_number, density, eigenpairs, exact_spectrum, frobenius_norm, hutchinson_diagonal, hutchinson_trace, hutchpp_trace,
                                spectral_norm)
 from curvlab.curvature.estimators import random_probes
 
@@ -342,3 +342,28 @@ def test_estimates_agree_with_curvlinops():
     d = hutchinson_diagonal(G, 300, generator=generator())
     both = torch.as_tensor(other.hutchinson_diag(theirs, 60, "rademacher"))
     assert ((both - d.value).abs() < 6 * d.standard_error * 6**0.5 + 1e-12).all() and ((d.value - dense.diagonal()).abs() < 5 * d.standard_error + 1e-12).all()
+
+
+# Share of a vector in a subspace
+
+
+@few
+@given(st.integers(2, 30), st.integers(1, 30), st.integers(0, 99))
+def test_concentration_equals_an_explicit_projection(n, k, seed):
+    Q, k = torch.linalg.qr(torch.randn(n, n, generator=generator(seed)).double()).Q, min(n, k)
+    V = Q[:, :k]
+    G = torch.randn(n, 3, generator=generator(seed + 1)).double()
+    P = V @ torch.linalg.inv(V.T @ V) @ V.T
+    truth = torch.stack([torch.dot(P @ c, P @ c) / torch.dot(c, c) for c in G.T])
+    assert torch.allclose(concentration(G, V), truth) and torch.allclose(concentration(G[:, 0], V), truth[0])
+    assert torch.allclose(concentration(G, V) + concentration(G, Q[:, k:]), torch.ones(3).double())
+
+
+def test_concentration_of_tiny_zero_and_wrong_vectors():
+    V = torch.linalg.qr(torch.randn(20, 4, generator=generator())).Q
+    assert abs(concentration(1e-30 * V[:, 0], V) - 1) < 1e-5 and abs(concentration(1e30 * V[:, 0], V) - 1) < 1e-5
+    assert concentration(torch.zeros(20), V).isnan()
+    assert concentration(V.double(), V).dtype == torch.float64
+    for g, basis in ((torch.ones(19), V), (torch.ones(20), V[:, 0]), (torch.ones(20, 1, 1), V)):
+        with pytest.raises(ValueError, match="shape"):
+            concentration(g, basis)

@@ -4,7 +4,7 @@ import importlib
 HOMES = {
     "roots": ["power", "inverse_root", "newton_inverse_root", "root_residual", "eigendecomposition", "grouped"],
     "estimators": ["Estimate", "random_signs", "random_probes", "hutchinson_diagonal", "hutchinson_trace", "hutchpp_trace", "frobenius_norm"],
-    "spectrum": ["eigenpairs", "Eigenpairs", "exact_spectrum", "density", "Density", "spectral_norm", "condition_number", "Bounded"],
+    "spectrum": ["eigenpairs", "Eigenpairs", "exact_spectrum", "density", "Density", "spectral_norm", "condition_number", "Bounded", "concentration"],
     "solvers": ["cg", "CGResult", "minres", "MinresResult", "lanczos", "LanczosResult"],
     "algebra": ["Operator", "Identity", "DiagonalOperator", "MatrixOperator", "as_operator", "Sum", "Scaled", "Product", "Transposed", "SubBlock", "flat", "unflat"],
     "operators": ["NetworkOperator", "Batches", "Hessian", "GGN", "Residual", "Fisher", "Covariance"],

@@ -18,7 +18,7 @@ from .estimators import Estimate, random_probes
 
 # %% auto #0
 __all__ = ['LEAST_STEPS', 'exact_spectrum', 'Eigenpairs', 'eigenpairs', 'Bounded', 'spectral_norm', 'condition_number', 'Density',
-           'density']
+           'density', 'concentration']
 
 # %% ../../nbs/curvature/spectrum.ipynb #21524ef9
 def exact_spectrum(A: Any, block: int = 64) -> Tensor:
@@ -388,3 +388,22 @@ def density(A: Any, probes: int = 10, steps: int = 90, *, distribution: str = "s
         nodes.append(values)
         weights.append(s[:, 0] ** 2)
     return Density(torch.cat(nodes), torch.cat(weights), A.shape[0], probes * m)
+
+# %% ../../nbs/curvature/spectrum.ipynb #278fbd90
+def concentration(g: Tensor, V: Tensor) -> Tensor:
+    """Share `|V' g|^2 / |g|^2` of a vector's squared norm in the span of orthonormal columns (Gur-Ari, Roberts & Dyer 2018; Ghorbani, Krishnan & Xiao 2019, there for the gradient in the top eigenspace).
+
+    Args:
+        g: a vector `(n,)` or several `(n, K)`. The mean over the columns of a second orthonormal basis is the overlap of two subspaces.
+        V: `(n, k)`, orthonormal, e.g. `Eigenpairs.vectors`.
+
+    Returns: a scalar or `(K,)`, between 0 and 1 up to rounding; not a number for a zero vector.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    if V.ndim != 2 or g.ndim not in (1, 2) or len(g) != len(V):
+        raise ValueError(f"g has shape {tuple(g.shape)} and V {tuple(V.shape)}; pass (n,) or (n, K) and a basis (n, k) in its columns")
+    dtype = torch.promote_types(g.dtype, V.dtype)
+    g = g.to(dtype) / g.abs().amax(0)   # squares of small entries would underflow
+    return ((V.mT.to(dtype) @ g) ** 2).sum(0) / (g**2).sum(0)
