@@ -5,18 +5,15 @@
 # %% ../../nbs/lab/inspect.ipynb #9d3eff06
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
-import random
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
@@ -25,135 +22,16 @@ from ..curvature.approximations import BlockError, kronecker_error
 from ..curvature.estimators import Estimate, random_signs
 from ..curvature.operators import GGN, Hessian, NetworkOperator
 from ..curvature.spectrum import Density, Eigenpairs, density, eigenpairs
+from .inspect_inputs import Examples, Purse, first_of, random_numbers_kept, read
 from .recorder import Recorder, sharpness, stability_limit, undisturbed
 from .train import parse
 from ..objective import Objective, bare
 
 # %% auto #0
-__all__ = ['SECTIONS', 'EXPECTED', 'FEWEST', 'SMALLEST_PLAN', 'Purse', 'Examples', 'joined', 'first_of', 'read',
-           'random_numbers_kept', 'LeftOut', 'Work', 'layer_of', 'by_layer', 'Top', 'top_directions', 'spectrum_of',
-           'Traces', 'traces', 'both_traces', 'Kronecker', 'kronecker', 'Training', 'descent', 'training', 'Section',
-           'Inspection', 'Meter', 'measured', 'look_first', 'shapes', 'private_copy', 'shrunk', 'check', 'inspect']
-
-# %% ../../nbs/lab/inspect.ipynb #3991949a
-class Purse:
-    """A budget and what is left of it.
-
-    Args:
-        budget: seconds (a number, or text such as `"30 s"`), or `"600 products"`.
-
-    Raises:
-        ValueError: no positive number, or an unknown unit.
-    """
-
-    def __init__(self, budget: float | str):
-        amount, _, unit = str(budget).strip().partition(" ")
-        unit = {"": "seconds", "s": "seconds", "second": "seconds", "product": "products"}.get(unit.strip(), unit.strip())
-        try:
-            self.amount = float(amount)
-        except ValueError:
-            self.amount = math.nan
-        if not 0 < self.amount < math.inf or unit not in ("seconds", "products"):
-            raise ValueError(f"budget={budget!r}: give a positive number of seconds or products, such as 60, '30 s' or '600 products'")
-        self.unit, self.begin, self.works = unit, time.perf_counter(), []
-
-    def watch(self, objective: Objective, size: int) -> None:
-        "Count the work of an objective from now on, `size` examples to a product."
-        self.works.append((objective.cost, size, objective.cost.gradients(size)))
-
-    @property
-    def products(self) -> float:
-        "Products spent so far."
-        return sum(cost.gradients(size) - before for cost, size, before in self.works)
-
-    @property
-    def seconds(self) -> float:
-        "Seconds since the purse was opened."
-        return time.perf_counter() - self.begin
-
-    @property
-    def left(self) -> float:
-        "What is left, in the purse's unit."
-        return self.amount - (self.seconds if self.unit == "seconds" else self.products)
-
-    def __str__(self) -> str:
-        return f"{self.amount:g} {self.unit}"
-
-# %% ../../nbs/lab/inspect.ipynb #57f97fb7
-@dataclass(frozen=True)
-class Examples:
-    "What is inspected: inputs `x`, targets `y`, size of the loader's batches, and the number of examples it holds (`None` if it does not say)."
-
-    x: Any
-    y: Tensor
-    batch: int
-    total: int | None
-
-
-def joined(parts: Sequence[Any]) -> Any:
-    "Tensors, or tuples or dicts of tensors, put end to end along the first dimension."
-    first = parts[0]
-    if isinstance(first, Tensor):
-        return torch.cat(list(parts))
-    if isinstance(first, Mapping):
-        return {k: joined([p[k] for p in parts]) for k in first}
-    if isinstance(first, (tuple, list)):
-        return tuple(joined([p[i] for p in parts]) for i in range(len(first)))
-    raise TypeError(f"the loader yields inputs of type {type(first).__name__}; x must be a tensor, or a tuple or dict of tensors")
-
-
-def first_of(x: Any, n: int, device: torch.device | None = None) -> Any:
-    "The first `n` examples of a tensor, tuple or dict, on a device."
-    if isinstance(x, Tensor):
-        return x[:n].to(device=device)
-    return {k: first_of(v, n, device) for k, v in x.items()} if isinstance(x, Mapping) else tuple(first_of(v, n, device) for v in x)
-
-
-def read(loader: Any, examples: int, device: torch.device) -> Examples:
-    """The first `examples` examples of a loader of `(x, y)` batches, or of one batch given as a tuple `(x, y)`.
-
-    Raises:
-        TypeError: it yields something else.
-        ValueError: it is empty, or its batches cannot be put end to end.
-    """
-    if isinstance(loader, tuple) and len(loader) == 2 and isinstance(loader[1], Tensor):
-        loader = [loader]
-    if isinstance(loader, (str, Tensor, Mapping)) or not hasattr(loader, "__iter__"):
-        raise TypeError(f"loader is a {type(loader).__name__}; pass a DataLoader or another iterable of (x, y) batches, or one batch as a tuple (x, y)")
-    xs, ys, count, whole = [], [], 0, True
-    for batch in loader:
-        if count >= examples:
-            whole = False
-            break
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor) or batch[1].ndim == 0:
-            raise TypeError(f"the loader yields a {type(batch).__name__}; each batch must be a pair (x, y) with a tensor y whose first dimension counts the examples, e.g. through a collate_fn")
-        xs.append(batch[0])
-        ys.append(batch[1])
-        count += len(batch[1])
-    if not count:
-        raise ValueError("the loader is empty; curvature needs at least one batch of examples")
-    try:
-        x, y = joined(xs), torch.cat(ys)
-    except RuntimeError as error:
-        raise ValueError(f"the loader's batches cannot be put end to end ({str(error).splitlines()[0]}); pad the examples to one shape, or pass one batch") from error
-    dataset = getattr(loader, "dataset", None)
-    total = len(dataset) if hasattr(dataset, "__len__") else count if whole else None
-    return Examples(first_of(x, examples, device), y[:examples].to(device=device), len(ys[0]), total)
-
-# %% ../../nbs/lab/inspect.ipynb #df667a88
-@contextlib.contextmanager
-def random_numbers_kept(loader: Any) -> Iterator[None]:
-    "Python's and NumPy's random numbers, and the loader's own generators, are afterwards where they were; torch's are left to `undisturbed`."
-    own = [getattr(thing, "generator", None) for thing in (loader, getattr(loader, "sampler", None))]
-    own = [g for g in own if isinstance(g, torch.Generator)]
-    states, python, numpy = [g.get_state() for g in own], random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        for g, state in zip(own, states):
-            g.set_state(state)
+__all__ = ['SECTIONS', 'EXPECTED', 'FEWEST', 'SMALLEST_PLAN', 'LeftOut', 'Work', 'layer_of', 'by_layer', 'Top', 'top_directions',
+           'spectrum_of', 'Traces', 'traces', 'both_traces', 'Kronecker', 'kronecker', 'Training', 'descent',
+           'training', 'Section', 'Inspection', 'Meter', 'measured', 'look_first', 'shapes', 'private_copy', 'shrunk',
+           'check', 'inspect']
 
 # %% ../../nbs/lab/inspect.ipynb #dcc15e20
 class LeftOut(Exception):
@@ -402,18 +280,19 @@ class Inspection:
 
     Attributes:
         name: of the model.
-        parameters: layer → number of trainable parameters.
+        parameters: layer → number of trainable parameters. kinds: layer → its class.
         examples, total: inspected, and in the loader (`None` if it does not say).
         loss, gradient_norm: on the inspected examples.
         budget: in words.
         hessian, ggn: spectral densities. top, traces, kronecker, training: see the classes. Each is `None` where it was left out.
-        left_out: measurement → why there is none.
+        left_out: measurement → why there is none. failed: those of them that ended with an error.
         notes: where a measurement is smaller or less exact than was asked for.
         costs: measurement → its cost.
     """
 
     name: str
     parameters: dict[str, int]
+    kinds: dict[str, str]
     examples: int
     total: int | None
     loss: float
@@ -422,6 +301,7 @@ class Inspection:
     evaluation: bool
     seed: int
     left_out: dict[str, str]
+    failed: list[str]
     notes: list[str]
     costs: dict[str, Section]
     top: Top | None = None
@@ -479,9 +359,9 @@ SECTIONS: dict[str, tuple[float, Callable[[Work, float], Any]]] = {   # share of
 EXPECTED = (RuntimeError, ValueError, TypeError, ArithmeticError, NotImplementedError)   # of a model that a measurement cannot handle
 
 
-def measured(work: Work, sections: Sequence[str]) -> tuple[dict[str, str], dict[str, Section]]:
-    "Make the measurements one after the other, each with its share of what is left: reasons of those that were not made, and costs."
-    left_out, costs = {name: "not asked for" for name in SECTIONS if name not in sections}, {}
+def measured(work: Work, sections: Sequence[str]) -> tuple[dict[str, str], list[str], dict[str, Section]]:
+    "Make the measurements one after the other, each with its share of what is left: reasons of those that were not made, those that failed, and costs."
+    left_out, costs, failed = {name: "not asked for" for name in SECTIONS if name not in sections}, {}, []
     for i, name in enumerate(sections):
         share, measure = SECTIONS[name]
         amount = work.purse.left * share / sum(SECTIONS[s][0] for s in sections[i:])
@@ -494,7 +374,8 @@ def measured(work: Work, sections: Sequence[str]) -> tuple[dict[str, str], dict[
                 left_out[name] = str(reason)
             except EXPECTED as error:
                 left_out[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    return left_out, costs
+                failed.append(name)
+    return left_out, failed, costs
 
 
 def look_first(work: Work) -> None:
@@ -596,10 +477,12 @@ def inspect(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], loader: 
         purse.watch(work.objective, work.size)
         look_first(work)
         work = shrunk(work)
-        left_out, costs = measured(work, sections)
+        left_out, failed, costs = measured(work, sections)
     sizes: dict[str, int] = {}
     A = work.operator()
     for parameter, start, stop in zip(A.names, A.offsets, A.offsets[1:]):
         sizes[layer_of(parameter)] = sizes.get(layer_of(parameter), 0) + stop - start
+    modules = dict(mine.named_modules())
+    kinds = {layer: type(modules[layer]).__name__ if layer in modules else "parameter" for layer in sizes}
     results = {s: work.found.get(s) for s in SECTIONS}
-    return Inspection(name or type(bare(model)).__name__, sizes, work.size, work.data.total, work.found["loss"], float(work.found["gradient"].norm()), str(purse), evaluation, seed, left_out, work.notes, costs, **results)
+    return Inspection(name or type(mine).__name__, sizes, kinds, work.size, work.data.total, work.found["loss"], float(work.found["gradient"].norm()), str(purse), evaluation, seed, left_out, failed, work.notes, costs, **results)
