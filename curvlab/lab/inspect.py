@@ -53,6 +53,7 @@ class Work:
     notes: list[str] = field(default_factory=list)
     found: dict[str, Any] = field(default_factory=dict)
     operators: dict[str, NetworkOperator] = field(default_factory=dict)
+    prices: dict[tuple[str, int], float] = field(default_factory=dict)
 
     def __post_init__(self):
         self.size = len(self.data.y)
@@ -68,16 +69,18 @@ class Work:
         return torch.Generator(self.data.y.device).manual_seed(self.seed + 1000 * number)
 
     def affordable(self, amount: float, curvature: str = "hessian", columns: int = 1) -> int:
-        "Products that an amount of the budget buys; in seconds they are timed, `columns` at a time, after one that builds the graph."
+        "Products that an amount of the budget buys; in seconds they are timed, `columns` at a time, the first time after one that builds the graph."
         if self.purse.unit == "products":
             return int(amount)
         A, begin = self.operator(curvature), time.perf_counter()
         V = torch.randn(A.shape[0], columns, generator=self.generator(0), dtype=A.dtype, device=A.device)
-        A @ V
+        if (curvature, columns) not in self.prices:
+            (A @ V).sum().cpu()
         middle = time.perf_counter()
         (A @ V).sum().cpu()
         now = time.perf_counter()
-        return max(0, int((amount - (now - begin)) / ((now - middle) / columns)))
+        self.prices[curvature, columns] = min((now - middle) / columns, self.prices.get((curvature, columns), math.inf))   # a busy machine makes single timings too long
+        return max(0, int((amount - (now - begin)) / self.prices[curvature, columns]))
 
 
 def layer_of(parameter: str) -> str:
@@ -137,7 +140,7 @@ def spectrum_of(curvature: str) -> Callable[[Work, float], Density]:
         if most < 20:
             raise LeftOut(f"a density with an error bar needs at least 2 probes of 10 steps, {most} products were affordable")
         n = work.operator(curvature).shape[0]
-        probes = 2 if most < 60 else min(max(most // 60, 4), 10)
+        probes = 2 if most < 45 else min(max(most // 50, 3), 8)
         steps = min(most // probes, work.options["steps"], n)
         return density(work.operator(curvature), probes, steps, generator=work.generator(2))
 
@@ -245,15 +248,16 @@ def training(work: Work, amount: float) -> Training:
     work.purse.watch(objective, work.size)
     optimizer, name, limit, batch = descent(work, model)
     most = work.affordable(amount)
-    looks = min(most // 30, 13)
-    if looks < 2:
-        raise LeftOut(f"two looks at the sharpness of a run need about 60 products, {most} were affordable")
+    if most < 50:
+        raise LeftOut(f"a few steps and two looks at the sharpness need about 50 products, {most} were affordable")
     wanted = work.options["training_steps"]
-    gap = max(1, math.ceil(wanted / (looks - 1)))
+    planned = min(wanted, most // 2)
+    looks = min(max((most - planned - 10) // 12, 2), 13)   # the first costs twice as much as the others, which start from its vector
+    gap = max(1, math.ceil(planned / (looks - 1)))
     recorder = Recorder(sharpness(tol=1e-2, max_products=100), every=gap, objective=objective, x=work.data.x, y=work.data.y, optimizer=optimizer, evaluation=work.evaluation, seed=work.seed, chunk=work.chunk)
     parts, step, loss = objective.at(work.data.x, work.data.y, batch).parts, 0, work.found["loss"]
     recorder(0)
-    while step < wanted and work.purse.left > until:
+    while step < planned and work.purse.left > until:
         loss = float(optimizer.step(objective.at(*parts[step % len(parts)], work.chunk)))
         step += 1
         recorder(step)
@@ -359,11 +363,12 @@ SECTIONS: dict[str, tuple[float, Callable[[Work, float], Any]]] = {   # share of
 EXPECTED = (RuntimeError, ValueError, TypeError, ArithmeticError, NotImplementedError)   # of a model that a measurement cannot handle
 
 
-def measured(work: Work, sections: Sequence[str]) -> tuple[dict[str, str], list[str], dict[str, Section]]:
+def measured(work: Work, sections: Sequence[str], progress: Callable[[str], None]) -> tuple[dict[str, str], list[str], dict[str, Section]]:
     "Make the measurements one after the other, each with its share of what is left: reasons of those that were not made, those that failed, and costs."
     left_out, costs, failed = {name: "not asked for" for name in SECTIONS if name not in sections}, {}, []
     for i, name in enumerate(sections):
         share, measure = SECTIONS[name]
+        progress(name)
         amount = work.purse.left * share / sum(SECTIONS[s][0] for s in sections[i:])
         with Meter(name, costs, work.purse, work.data.y.device):
             try:
@@ -444,7 +449,8 @@ def check(model: Any, loss: Any, examples: int, k: int, sections: Sequence[str])
 
 # %% ../../nbs/lab/inspect.ipynb #a58570f8
 def inspect(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], loader: Any, *, budget: float | str = 60, examples: int = 1000, k: int = 10, optimizer: Any = None, training_steps: int = 120,
-            steps: int = 80, sections: Sequence[str] = tuple(SECTIONS), evaluation: bool = True, seed: int = 0, chunk: int | None = None, name: str = "", **objective: Any) -> Inspection:
+            steps: int = 80, sections: Sequence[str] = tuple(SECTIONS), evaluation: bool = True, seed: int = 0, chunk: int | None = None, name: str = "",
+            progress: Callable[[str], None] = lambda section: None, **objective: Any) -> Inspection:
     """Curvature of a loss at the model's present parameters. The model, its gradients, buffers and modes, and all random numbers stay as they are.
 
     Args:
@@ -459,7 +465,7 @@ def inspect(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], loader: 
         sections: what to measure: `"top"`, `"hessian"`, `"ggn"`, `"traces"`, `"training"`, `"kronecker"`.
         evaluation: measure in evaluation mode (dropout off, batch-norm statistics fixed); `False`: in the modes that the model is in.
         seed: of probes and start vectors. chunk: evaluate at most so many examples at a time: less memory, slower.
-        name: of the model, for the report. objective: further options of `Objective`, such as `class_dim=-1`.
+        name: of the model, for the report. progress: called with the name of each section before it begins. objective: further options of `Objective`, such as `class_dim=-1`.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or model, loss and data do not fit together.
@@ -477,7 +483,7 @@ def inspect(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], loader: 
         purse.watch(work.objective, work.size)
         look_first(work)
         work = shrunk(work)
-        left_out, failed, costs = measured(work, sections)
+        left_out, failed, costs = measured(work, sections, progress)
     sizes: dict[str, int] = {}
     A = work.operator()
     for parameter, start, stop in zip(A.names, A.offsets, A.offsets[1:]):

@@ -132,7 +132,7 @@ def read(loader: Any, examples: int, device: torch.device) -> Examples:
     except RuntimeError as error:
         raise ValueError(f"the loader's batches cannot be put end to end ({str(error).splitlines()[0]}); pad the examples to one shape, or pass one batch") from error
     dataset = getattr(loader, "dataset", None)
-    total = len(dataset) if hasattr(dataset, "__len__") else count if whole else None
+    total = len(dataset) if hasattr(dataset, "__len__") else sum(len(y) for _, y in loader) if isinstance(loader, list) else count if whole else None
     return Examples(first_of(x, examples, device), y[:examples].to(device=device), len(ys[0]), total)
 
 # %% ../../nbs/lab/inspect_inputs.ipynb #844b8d48

@@ -103,7 +103,7 @@ def density_plot(ax: Axes, seen: Inspection, points: int = 500) -> Axes:
     if seen.top:
         ax.plot(seen.top.pairs.values.tolist(), [0.22] * len(seen.top.pairs.values), "|", color=INK["black"], markersize=7, label="top eigenvalues")
     ax.set(yscale="log", ylim=(0.15, 2 * max(d.n for d in densities(seen).values())), xlabel="eigenvalue", ylabel="eigenvalues nearby")
-    ax.legend()
+    ax.legend(frameon=False, fontsize=8)
     return ax
 
 
@@ -121,7 +121,7 @@ def count_plot(ax: Axes, seen: Inspection, points: int = 200) -> Axes:
             ax.plot(sizes.numpy(), np.maximum(middle, 1e-9), dash, color=colour, linewidth=1.5, label=f"{label}, {word} this size")
             ax.fill_between(sizes.numpy(), np.maximum(middle - error, 1e-9), middle + error, color=colour, alpha=0.15, linewidth=0)
     ax.set(xscale="log", yscale="log", ylim=(0.3, 2 * seen.n), xlabel="size of the eigenvalue", ylabel="eigenvalues beyond it")
-    ax.legend(loc="lower left")
+    ax.legend(loc="lower left", frameon=False, fontsize=7.5)
     return ax
 
 # %% ../../nbs/lab/inspect_page.ipynb #47ad8d32
@@ -144,13 +144,17 @@ def gradient_plot(ax: Axes, seen: Inspection) -> Axes:
     ax.plot(at, at / seen.n, "--", color=INK["grey"], linewidth=1.2, label="a random vector")
     ax.set(xticks=at, xlim=(0.4, len(at) + 0.6), ylim=(-0.02, 1.02), xlabel="directions", ylabel="share in their span")
     ax.grid(axis="x", visible=False)
-    ax.legend(loc="center right")
+    ax.legend(loc="center right", frameon=False, fontsize=8)
     return ax
 
 
-def short(name: str, most: int = 26) -> str:
-    "A long name with its middle left out."
-    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most // 2) :]}"
+def short(name: str, most: int = 24) -> str:
+    "A long dotted name with its first words cut to one letter, as many as are needed: numbers stay, so that layers can be told apart."
+    words = name.split(".")
+    for i, word in enumerate(words[:-1]):
+        if len(".".join(words)) > most and not word.isdigit():
+            words[i] = word[0]
+    return ".".join(words)
 
 
 def titled(seen: Inspection, layer: str) -> str:
@@ -164,7 +168,7 @@ def home_plot(ax: Axes, seen: Inspection, most: int = 16) -> Axes:
     parts = {name: part.cpu().numpy() for name, part in seen.top.layers.items()}
     kept = sorted(parts, key=lambda name: -parts[name].sum())[:most]
     rows = [name for name in parts if name in kept]
-    image = ax.imshow(np.stack([parts[name] for name in rows]), cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    image = ax.imshow(np.stack([parts[name] for name in rows]), cmap="viridis", vmin=0, aspect="auto", interpolation="nearest")
     ax.figure.colorbar(image, ax=ax, label="share of the direction", shrink=0.9)
     ax.set(yticks=range(len(rows)), yticklabels=[short(titled(seen, name)) for name in rows], xticks=range(len(parts[rows[0]])), xticklabels=range(1, len(parts[rows[0]]) + 1), xlabel="direction")
     ax.grid(False)
@@ -184,7 +188,7 @@ def trace_plot(ax: Axes, seen: Inspection, most: int = 16) -> Axes:
     ax.axvline(0, color=INK["black"], linewidth=0.8)
     ax.set(yticks=range(len(rows)), yticklabels=[short(titled(seen, name)) for name in rows], xlabel="trace of the layer's block, 95 % interval")
     ax.invert_yaxis()
-    ax.legend()
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=2, frameon=False, fontsize=8)
     return ax
 
 
@@ -198,7 +202,7 @@ def kronecker_plot(ax: Axes, seen: Inspection, most: int = 16) -> Axes:
     ax.axvline(1, color=INK["black"], linestyle="--", linewidth=1)
     ax.set(yticks=range(len(rows)), yticklabels=[short(titled(seen, e.name)) for e in rows], xlabel="relative error of the layer's block", xlim=(0, None))
     ax.invert_yaxis()
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3, frameon=False, fontsize=8, handletextpad=0.3, columnspacing=1)
     return ax
 
 
@@ -208,7 +212,7 @@ def sharpness_plot(ax: Axes, seen: Inspection) -> Axes:
     if seen.training.limit:
         ax.axhline(seen.training.limit, color=INK["red"], linestyle="--", linewidth=1.2, label="limit of stability")
     ax.set(xlabel="step", ylabel="largest eigenvalue", ylim=(0, None))
-    ax.legend(loc="best")
+    ax.legend(loc="best", frameon=False, fontsize=8)
     return ax
 
 
@@ -278,7 +282,8 @@ def say_training(seen: Inspection) -> str:
 # %% ../../nbs/lab/inspect_page.ipynb #8d7d94ac
 READING = {
     "spectrum": "The first figure is the spectrum, smoothed. A lone eigenvalue makes a peak of height 1, so the peaks on the right can be counted. Most directions sit at zero and cost nothing to move along. Where the two curves "
-                "differ, the network's own curvature matters: the Gauss-Newton matrix leaves it out and has no negative eigenvalue. The second figure tells how many eigenvalues exceed a given size. A straight line is a power law. Bands: one standard error over random probes.",
+                "differ, the network's own curvature matters: the Gauss-Newton matrix leaves it out and has no negative eigenvalue. The second figure tells how many eigenvalues exceed a given size. A straight line is a power law. Bands: one standard error over random probes. "
+                "Evenly spaced bumps beside the mountain are the resolution of the method, and a larger budget joins them.",
     "top": "The bars are the steepest directions; whiskers are residuals: an eigenvalue lies within them. Below, the red line tells how much of the gradient lives in these directions. Near 100 % the steps mostly go to and fro across a "
            "narrow valley, and progress along its floor is slow. Bright cells of the map show which layers the directions belong to; a layer bright everywhere is the one that limits the step.",
     "layers": "A large trace marks a layer whose weights the loss feels. Kronecker errors tell which layers a method such as K-FAC describes well: 0 is perfect, and at the dashed line an approximation is no better than zero. "
