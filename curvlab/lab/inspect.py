@@ -23,15 +23,15 @@ from ..curvature.estimators import Estimate, random_signs
 from ..curvature.operators import GGN, Hessian, NetworkOperator
 from ..curvature.spectrum import Density, Eigenpairs, density, eigenpairs
 from .inspect_inputs import Examples, Purse, first_of, random_numbers_kept, read
-from .recorder import Recorder, sharpness, stability_limit, undisturbed
+from .recorder import Recorder, at_parameters, sharpness, stability_limit, undisturbed
 from .train import parse
 from ..objective import Objective, bare
 
 # %% auto #0
 __all__ = ['SECTIONS', 'EXPECTED', 'FEWEST', 'SMALLEST_PLAN', 'LeftOut', 'Work', 'layer_of', 'by_layer', 'Top', 'top_directions',
            'spectrum_of', 'Traces', 'traces', 'both_traces', 'Kronecker', 'kronecker', 'Training', 'descent',
-           'training', 'Section', 'Inspection', 'Meter', 'measured', 'look_first', 'shapes', 'private_copy', 'shrunk',
-           'check', 'inspect']
+           'training', 'Section', 'Inspection', 'Meter', 'measured', 'look_first', 'shapes', 'product_error',
+           'private_copy', 'shrunk', 'check', 'inspect']
 
 # %% ../../nbs/lab/inspect.ipynb #dcc15e20
 class LeftOut(Exception):
@@ -406,6 +406,28 @@ def shapes(x: Any) -> str:
         return f"{str(x.dtype).removeprefix('torch.')} {'x'.join(map(str, x.shape))}"
     return ", ".join(f"{k}: {shapes(v)}" for k, v in x.items()) if isinstance(x, Mapping) else ", ".join(map(shapes, x))
 
+# %% ../../nbs/lab/inspect.ipynb #83caf395
+def product_error(work: Work) -> float:
+    "`|Hv - (g(w + hv) - g(w - hv)) / 2h| / |difference|` for `v` along the gradient; the smaller of two step sizes; 0 where the gradient vanishes."
+    g, params, A = work.found["gradient"], work.objective.params, work.operator()
+    length = torch.linalg.norm(g)
+    if not length > 0:
+        return 0.0
+    v = g / length
+    w, pieces = torch.cat([p.detach().flatten() for p in params]), [p.numel() for p in params]
+
+    def gradient(at: Tensor) -> Tensor:
+        with at_parameters(params, [part.view(p.shape).to(p.dtype) for part, p in zip(at.split(pieces), params)]):
+            work.objective.at(work.data.x, work.data.y, work.chunk)()
+            return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params]).detach().clone()
+
+    errors, product = [], A @ v.to(A.dtype)
+    for h in (3e-3, 3e-4):
+        h = h * float(torch.linalg.norm(w)) + 1e-6
+        difference = (gradient(w + h * v) - gradient(w - h * v)) / (2 * h)
+        errors.append(float(torch.linalg.norm(product - difference) / torch.linalg.norm(difference).clamp(min=1e-12)))
+    return min(errors)
+
 # %% ../../nbs/lab/inspect.ipynb #7d0dc446
 FEWEST, SMALLEST_PLAN = 64, 300   # examples, and products of a plan that does a little of everything
 
@@ -483,6 +505,9 @@ def inspect(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], loader: 
         purse.watch(work.objective, work.size)
         look_first(work)
         work = shrunk(work)
+        error = product_error(work)
+        if not error < 0.5:
+            work.notes.append(f"a product with the Hessian differs from a difference of gradients by {100 * error:.0f} %: some function of the model may have no second derivative in PyTorch, and then curvature is missing here")
         left_out, failed, costs = measured(work, sections, progress)
     sizes: dict[str, int] = {}
     A = work.operator()

@@ -236,7 +236,7 @@ def percent(x: float) -> str:
 def about(e: Estimate, times: float = 1.0) -> str:
     "Value and half the width of its 95 % interval, the latter with two digits and the former with as many places."
     value, half = times * float(e.value), times * float(e.interval()[1] - e.value)
-    if not (math.isfinite(half) and half > 0):
+    if not (math.isfinite(half) and half > 1e-9 * abs(value)):
         return three(value)
     places = max(0, 1 - math.floor(math.log10(half)))
     return f"{value:,.{places}f} ± {half:,.{places}f}" if places <= 6 else f"{three(value)} ± {half:.2g}"
