@@ -102,9 +102,9 @@ def test_the_model_stays_when_a_measurement_fails():
         def forward(self, x):
             return Once.apply(self.layer(x))
 
-    model = Stubborn()
+    model, x, y = Stubborn(), torch.randn(9, 3), torch.randint(0, 2, (9,))
     before, world = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    found = inspect(model, CE, (torch.randn(9, 3), torch.randint(0, 2, (9,))), budget="300 products")
+    found = inspect(model, CE, (x, y), budget="300 products")
     assert "ggn" in found.failed and "RuntimeError" in found.left_out["ggn"]
     assert any("second derivative" in note for note in found.notes)   # the Hessian loses this part without an error
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values())) and torch.equal(world, torch.get_rng_state())
@@ -322,7 +322,7 @@ def test_command_names_what_is_wrong(nets, words, message):
 def test_command_tells_a_failed_measurement_by_its_exit_code(nets, monkeypatch):
     import curvlab.lab.inspect as module
     monkeypatch.setattr(module, "eigenpairs", lambda *a, **k: (_ for _ in ()).throw(FloatingPointError("a product is not finite")))
-    code, text = call("mynets:make_model", "--budget", "60 products", "--examples", 32, "--out", "found")
+    code, text = call("mynets:make_model", "--budget", "100 products", "--examples", 32, "--out", "found")
     assert code == 1 and "left out: top directions: FloatingPointError" in text and (nets / "found" / "inspection.html").exists()
 
 

@@ -144,7 +144,7 @@ def gradient_plot(ax: Axes, seen: Inspection) -> Axes:
     ax.plot(at, at / seen.n, "--", color=INK["grey"], linewidth=1.2, label="a random vector")
     ax.set(xticks=at, xlim=(0.4, len(at) + 0.6), ylim=(-0.02, 1.02), xlabel="directions", ylabel="share in their span")
     ax.grid(axis="x", visible=False)
-    ax.legend(loc="center right", frameon=False, fontsize=8)
+    ax.legend(loc="lower right", bbox_to_anchor=(1.0, 0.07), frameon=False, fontsize=8)
     return ax
 
 
@@ -281,7 +281,7 @@ def say_training(seen: Inspection) -> str:
 
 # %% ../../nbs/lab/inspect_page.ipynb #8d7d94ac
 READING = {
-    "spectrum": "The first figure is the spectrum, smoothed. A lone eigenvalue makes a peak of height 1, so the peaks on the right can be counted. Most directions sit at zero and cost nothing to move along. Where the two curves "
+    "spectrum": "The first figure is the spectrum, smoothed. A lone eigenvalue makes a peak of height 1 on average, so the peaks on the right can be counted; with few random vectors some are lower or missing, and the ticks show the true places of the top ones. Most directions sit at zero and cost nothing to move along. Where the two curves "
                 "differ, the network's own curvature matters: the Gauss-Newton matrix leaves it out and has no negative eigenvalue. The second figure tells how many eigenvalues exceed a given size. A straight line is a power law. Bands: one standard error over random probes. "
                 "Evenly spaced bumps beside the mountain are the resolution of the method, and a larger budget joins them.",
     "top": "The bars are the steepest directions; whiskers are residuals: an eigenvalue lies within them. Below, the red line tells how much of the gradient lives in these directions. Near 100 % the steps mostly go to and fro across a "
