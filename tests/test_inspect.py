@@ -237,7 +237,7 @@ def test_words_and_numbers(seen):
     found = seen[0]
     for sentence in (say_spectrum(found), say_top(found), say_layers(found), say_training(found)):
         assert re.search(r"\d", sentence) and "nan" not in sentence and "inf" not in sentence
-    assert (three(1234.5), three(0.012345), percent(0.5), percent(1e-9)) == ("1,234", "0.0123", "50 %", "< 0.01 %")
+    assert (three(1234.5), three(0.012345), percent(0.5), percent(1e-9), three(-2.5), three(float("nan"))) == ("1,234", "0.0123", "50 %", "< 0.01 %", "−2.5", "not finite")
     assert about(found.hessian.moment(0)) == "1"
     assert short("encoder.layers.0.attention.out_proj", 24) == "e.l.0.attention.out_proj" and short("head") == "head" and layer_of("place") == "place" and layer_of("a.b.weight") == "a.b"
 

@@ -32,7 +32,8 @@ from .race import for_json
 __all__ = ['TITLES', 'MATRICES', 'READING', 'PARTS', 'CSS', 'densities', 'largest', 'outside', 'estimate', 'numbers',
            'density_plot', 'count_plot', 'top_plot', 'gradient_plot', 'short', 'titled', 'home_plot', 'trace_plot',
            'kronecker_plot', 'sharpness_plot', 'loss_plot', 'three', 'percent', 'about', 'say_spectrum', 'say_top',
-           'say_layers', 'say_training', 'svg', 'drawings', 'cards', 'part_section', 'cost_section', 'page', 'save']
+           'say_layers', 'say_training', 'svg', 'drawings', 'cards', 'kept_together', 'part_section', 'cost_section',
+           'page', 'save']
 
 # %% ../../nbs/lab/inspect_page.ipynb #baa82dc1
 TITLES = {"top": "top directions", "hessian": "density of the Hessian", "ggn": "density of the Gauss-Newton matrix", "traces": "traces", "training": "training run", "kronecker": "Kronecker errors"}
@@ -224,8 +225,10 @@ def loss_plot(ax: Axes, seen: Inspection) -> Axes:
 
 # %% ../../nbs/lab/inspect_page.ipynb #61044ee0
 def three(x: float) -> str:
-    "Three digits, with thousands separated."
-    return "none" if x is None or not math.isfinite(x) else f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
+    "Three digits, with thousands separated and a true minus sign."
+    if not math.isfinite(x):
+        return "not finite"
+    return re.sub("^-", "−", f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}")
 
 
 def percent(x: float) -> str:
@@ -374,6 +377,11 @@ code { font: .9em ui-monospace, "Cascadia Code", Menlo, monospace; overflow-wrap
 """
 
 
+def kept_together(text: str) -> str:
+    "HTML of a sentence whose percent and plus-minus signs do not leave their numbers at the end of a line."
+    return re.sub(r" (?=[%±])|(?<=±) ", "\u00a0", escape(text))
+
+
 def part_section(seen: Inspection, part: str, heading: str, sections: Sequence[str], say: Callable[[Inspection], str]) -> str:
     "HTML of one part: sentence, figures, how to read them; or why there is none."
     missing = [s for s in sections if getattr(seen, s) is None]
@@ -381,7 +389,7 @@ def part_section(seen: Inspection, part: str, heading: str, sections: Sequence[s
     if len(missing) == len(sections):
         return f"<section><h2>{heading}</h2>{notes}</section>" if notes else ""
     pictures = "".join(f"<figure>{picture}</figure>" for picture in drawings(seen, part))
-    return f'<section><h2>{heading}</h2><p class="says">{escape(say(seen))}</p>{notes}<div class="figures">{pictures}</div><p class="how"><b>How to read it.</b> {READING[part]}</p></section>'
+    return f'<section><h2>{heading}</h2><p class="says">{kept_together(say(seen))}</p>{notes}<div class="figures">{pictures}</div><p class="how"><b>How to read it.</b> {kept_together(READING[part])}</p></section>'
 
 # %% ../../nbs/lab/inspect_page.ipynb #eb5a369c
 def cost_section(seen: Inspection) -> str:
