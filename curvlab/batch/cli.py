@@ -334,7 +334,7 @@ def inspect_model(model: Annotated[str, typer.Argument(help="nn.Module, or a fun
                   optimizer: Annotated[str, typer.Option(help="For the training run, with options in brackets (default: gradient descent with a step from the curvature).", show_default=False)] = "",
                   examples: Annotated[int, typer.Option(min=1, help="Look at no more than the first so many.")] = 1000,
                   class_dim: Annotated[int, typer.Option(help="Dimension of the outputs that holds the classes; -1 for (batch, sequence, classes).")] = 1,
-                  chunk: Annotated[int | None, typer.Option(min=1, help="Examples at a time; less memory, slower.", show_default=False)] = None,
+                  memory: Annotated[float, typer.Option(min=1, help="Megabytes, a guide for vectors and graphs (each).")] = 2000,
                   name: Annotated[str, typer.Option(help="Title of the page (default: MODEL).", show_default=False)] = "",
                   seed: Annotated[int, typer.Option(help="Of the model's making and of random vectors.")] = 0,
                   device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
@@ -349,7 +349,7 @@ def inspect_model(model: Annotated[str, typer.Argument(help="nn.Module, or a fun
         out.mkdir(parents=True, exist_ok=True)
         net, judge, loader = model_named(model, weights, device, seed), loss_named(loss), loader_named(data, loss)
         with screen.status("reading the data") as status:
-            seen = inspect(net, judge, loader, budget=budget, examples=examples, optimizer=optimizer or None, seed=seed, chunk=chunk, class_dim=class_dim, name=name or model,
+            seen = inspect(net, judge, loader, budget=budget, examples=examples, optimizer=optimizer or None, seed=seed, memory=memory, class_dim=class_dim, name=name or model,
                            progress=lambda section: status.update(TITLES[section]))
         page, record = save(seen, out, f"curvlab inspect {shlex.join(sys.argv[2:])}" if sys.argv[1:2] == ["inspect"] else "")
     except (ValueError, TypeError, OSError) as error:

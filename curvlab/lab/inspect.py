@@ -30,8 +30,8 @@ from ..objective import Objective, bare
 # %% auto #0
 __all__ = ['SECTIONS', 'EXPECTED', 'FEWEST', 'SMALLEST_PLAN', 'LeftOut', 'Work', 'layer_of', 'by_layer', 'Top', 'top_directions',
            'spectrum_of', 'Traces', 'traces', 'both_traces', 'Kronecker', 'kronecker', 'Training', 'descent',
-           'training', 'Section', 'Inspection', 'Meter', 'measured', 'look_first', 'shapes', 'product_error',
-           'private_copy', 'shrunk', 'check', 'inspect']
+           'training', 'Section', 'Inspection', 'Meter', 'measured', 'look_first', 'fitting_chunk', 'shapes',
+           'product_error', 'private_copy', 'shrunk', 'check', 'inspect']
 
 # %% ../../nbs/lab/inspect.ipynb #dcc15e20
 class LeftOut(Exception):
@@ -49,6 +49,7 @@ class Work:
     seed: int
     chunk: int | None
     options: Mapping[str, Any]
+    memory: float = 2000
     evaluation: bool = True
     notes: list[str] = field(default_factory=list)
     found: dict[str, Any] = field(default_factory=dict)
@@ -67,6 +68,12 @@ class Work:
     def generator(self, number: int) -> torch.Generator:
         "Random numbers for one measurement, whatever the others drew."
         return torch.Generator(self.data.y.device).manual_seed(self.seed + 1000 * number)
+
+    @property
+    def room(self) -> int:
+        "Vectors of as many numbers as the model has parameters that fit into the memory allowed."
+        A = self.operator()
+        return int(self.memory * 2**20 / (A.shape[0] * max(4, A.dtype.itemsize)))
 
     def affordable(self, amount: float, curvature: str = "hessian", columns: int = 1) -> int:
         "Products that an amount of the budget buys; in seconds they are timed, `columns` at a time, the first time after one that builds the graph."
@@ -119,13 +126,15 @@ def top_directions(work: Work, amount: float) -> Top:
     A = work.operator()
     most = work.affordable(amount)
     k = min(work.options["k"], A.shape[0], max(most // 10, 1))
-    if most < 12:
-        raise LeftOut(f"an eigenpair needs about 12 products, {most} were affordable")
+    if most < 12 or work.room < 8:
+        raise LeftOut(f"an eigenpair needs about 12 products, {most} were affordable" if most < 12 else f"a Krylov basis needs 8 vectors, memory={work.memory:g} (MB) holds {work.room}")
+    basis = min(max(2 * k + 4, 40), work.room, A.shape[0])
+    k = min(k, max(1, basis - 4))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        pairs = eigenpairs(A, k, tol=1e-3, max_products=max(most, 2 * k + 1), generator=work.generator(1))
+        pairs = eigenpairs(A, k, tol=1e-3, max_products=max(most, 2 * k + 1), basis=basis, generator=work.generator(1))
     if k < min(work.options["k"], A.shape[0]):
-        work.notes.append(f"{k} instead of {min(work.options['k'], A.shape[0])} top directions, to stay within the budget")
+        work.notes.append(f"{k} instead of {min(work.options['k'], A.shape[0])} top directions, to stay within budget and memory")
     if said and not pairs.converged:
         work.notes.append(f"the top eigenvalues have not converged after {pairs.products} products: the largest residual is {float(pairs.residuals.max()):.2g}, of an eigenvalue {float(pairs.values[0]):.3g}")
     g = work.found["gradient"].to(pairs.vectors.dtype)
@@ -142,7 +151,12 @@ def spectrum_of(curvature: str) -> Callable[[Work, float], Density]:
         n = work.operator(curvature).shape[0]
         probes = 2 if most < 45 else min(max(most // 50, 3), 8)
         steps = min(most // probes, work.options["steps"], n)
-        return density(work.operator(curvature), probes, steps, generator=work.generator(2))
+        if work.room < min(steps, 10):
+            raise LeftOut(f"a density needs 10 vectors, memory={work.memory:g} (MB) holds {work.room}")
+        if steps > work.room:
+            work.notes.append(f"the density has {work.room} instead of {steps} Lanczos steps, to stay within memory={work.memory:g} (MB)")
+            steps = work.room
+        return density(work.operator(curvature), probes, steps, generator=work.generator(2), block=max(1, work.room // steps))
 
     return measure
 
@@ -171,7 +185,8 @@ def both_traces(work: Work, amount: float) -> dict[str, Traces]:
     samples = min(work.affordable(amount, columns=8) // 2, 100)
     if samples < 4:
         raise LeftOut(f"two traces with error bars need at least 8 products, {2 * samples} were affordable")
-    return {curvature: traces(work.operator(curvature), samples, work.generator(3)) for curvature in ("hessian", "ggn")}
+    block = min(16, max(1, work.room // 4))
+    return {curvature: traces(work.operator(curvature), samples, work.generator(3), block) for curvature in ("hessian", "ggn")}
 
 # %% ../../nbs/lab/inspect.ipynb #fadcef2b
 @dataclass(frozen=True)
@@ -291,7 +306,7 @@ class Inspection:
         hessian, ggn: spectral densities. top, traces, kronecker, training: see the classes. Each is `None` where it was left out.
         left_out: measurement → why there is none. failed: those of them that ended with an error.
         notes: where a measurement is smaller or less exact than was asked for.
-        costs: measurement → its cost.
+        costs: measurement → its cost; `first` is the first look with its check.
     """
 
     name: str
@@ -363,9 +378,9 @@ SECTIONS: dict[str, tuple[float, Callable[[Work, float], Any]]] = {   # share of
 EXPECTED = (RuntimeError, ValueError, TypeError, ArithmeticError, NotImplementedError)   # of a model that a measurement cannot handle
 
 
-def measured(work: Work, sections: Sequence[str], progress: Callable[[str], None]) -> tuple[dict[str, str], list[str], dict[str, Section]]:
-    "Make the measurements one after the other, each with its share of what is left: reasons of those that were not made, those that failed, and costs."
-    left_out, costs, failed = {name: "not asked for" for name in SECTIONS if name not in sections}, {}, []
+def measured(work: Work, sections: Sequence[str], progress: Callable[[str], None], costs: dict[str, Section]) -> tuple[dict[str, str], list[str]]:
+    "Make the measurements one after the other, each with its share of what is left, and add to `costs`: reasons of those that were not made, and those that failed."
+    left_out, failed = {name: "not asked for" for name in SECTIONS if name not in sections}, []
     for i, name in enumerate(sections):
         share, measure = SECTIONS[name]
         progress(name)
@@ -380,13 +395,16 @@ def measured(work: Work, sections: Sequence[str], progress: Callable[[str], None
             except EXPECTED as error:
                 left_out[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
                 failed.append(name)
-    return left_out, failed, costs
+    return left_out, failed
 
 
 def look_first(work: Work) -> None:
     "Loss, gradient and number of outputs an example; the errors that a model, its loss and its data can have together."
-    closure = work.objective.at(work.data.x, work.data.y, work.chunk)
     try:
+        if work.chunk is None and (fitting := fitting_chunk(work.objective, work.data, work.memory)):
+            work.chunk = fitting
+            work.notes.append(f"{fitting} examples at a time, to stay within memory={work.memory:g} (MB)")
+        closure = work.objective.at(work.data.x, work.data.y, work.chunk)
         loss = closure()
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise ValueError(f"model, loss and loader do not fit together: {type(error).__name__}: {(str(error).splitlines() or [''])[0]} (inputs {shapes(work.data.x)}, targets {shapes(work.data.y)})") from error
@@ -398,6 +416,17 @@ def look_first(work: Work) -> None:
     with torch.no_grad():
         outputs = work.objective.model(one) if isinstance(one, Tensor) else work.objective.model(**one) if isinstance(one, dict) else work.objective.model(*one)
     work.found |= {"loss": float(loss), "gradient": torch.cat([g.detach().clone() for g in flat]), "outputs": outputs[0].numel()}
+
+
+def fitting_chunk(objective: Objective, data: Examples, memory: float) -> int | None:
+    "Examples at a time whose graph, differentiated twice, takes about `memory` megabytes; `None` if all do. Judged by what a forward pass of a few examples saves."
+    few, saved = min(8, len(data.y)), []
+    mine = {p.untyped_storage().data_ptr() for p in objective.model.parameters()}
+    keep = lambda t: saved.append(0 if t.untyped_storage().data_ptr() in mine else t.numel() * t.element_size()) or t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        objective.at(first_of(data.x, few), data.y[:few])()
+    most = int(memory * 2**20 / max(3 * sum(saved) / few, 1))
+    return None if most >= len(data.y) else max(1, most)
 
 
 def shapes(x: Any) -> str:
@@ -447,7 +476,7 @@ def shrunk(work: Work) -> Work:
     amount = work.purse.left
     while work.purse.unit == "seconds" and work.size > FEWEST and work.affordable(amount, columns=4) < SMALLEST_PLAN:
         before, n = work.size, max(FEWEST, work.size // 2)
-        work = Work(work.objective, Examples(first_of(work.data.x, n), work.data.y[:n], work.data.batch, work.data.total), work.original, work.purse, work.seed, work.chunk, work.options, work.evaluation, work.notes)
+        work = Work(work.objective, Examples(first_of(work.data.x, n), work.data.y[:n], work.data.batch, work.data.total), work.original, work.purse, work.seed, work.chunk, work.options, work.memory, work.evaluation, work.notes)
         work.purse.works.clear()
         work.notes.append(f"{n} examples instead of {before}, to fit the budget")
         work.purse.watch(work.objective, n)
@@ -455,7 +484,7 @@ def shrunk(work: Work) -> Work:
     return work
 
 
-def check(model: Any, loss: Any, examples: int, k: int, sections: Sequence[str]) -> None:
+def check(model: Any, loss: Any, examples: int, k: int, memory: float, sections: Sequence[str]) -> None:
     "Arguments that can be judged before anything is done."
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; pass the nn.Module that maps inputs to outputs")
@@ -463,15 +492,15 @@ def check(model: Any, loss: Any, examples: int, k: int, sections: Sequence[str])
         raise ValueError("the model has no trainable parameter; set requires_grad on those whose curvature is meant")
     if not callable(loss):
         raise TypeError(f"loss is a {type(loss).__name__}; pass a function of outputs and targets that returns one number, such as nn.CrossEntropyLoss()")
-    if examples < 1 or k < 1:
-        raise ValueError(f"examples={examples!r}, k={k!r}: both must be positive")
+    if examples < 1 or k < 1 or not memory > 0:
+        raise ValueError(f"examples={examples!r}, k={k!r}, memory={memory!r}: all must be positive")
     unknown = [s for s in sections if s not in SECTIONS]
     if unknown or not sections:
         raise ValueError(f"sections={list(sections)!r}: choose among {', '.join(SECTIONS)}")
 
 # %% ../../nbs/lab/inspect.ipynb #a58570f8
 def inspect(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], loader: Any, *, budget: float | str = 60, examples: int = 1000, k: int = 10, optimizer: Any = None, training_steps: int = 120,
-            steps: int = 80, sections: Sequence[str] = tuple(SECTIONS), evaluation: bool = True, seed: int = 0, chunk: int | None = None, name: str = "",
+            steps: int = 80, sections: Sequence[str] = tuple(SECTIONS), evaluation: bool = True, seed: int = 0, chunk: int | None = None, memory: float = 2000, name: str = "",
             progress: Callable[[str], None] = lambda section: None, **objective: Any) -> Inspection:
     """Curvature of a loss at the model's present parameters. The model, its gradients, buffers and modes, and all random numbers stay as they are.
 
@@ -486,14 +515,15 @@ def inspect(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], loader: 
         training_steps: of that run. steps: Lanczos steps of the densities, at most.
         sections: what to measure: `"top"`, `"hessian"`, `"ggn"`, `"traces"`, `"training"`, `"kronecker"`.
         evaluation: measure in evaluation mode (dropout off, batch-norm statistics fixed); `False`: in the modes that the model is in.
-        seed: of probes and start vectors. chunk: evaluate at most so many examples at a time: less memory, slower.
+        seed: of probes and start vectors. chunk: evaluate at most so many examples at a time: less memory, slower; by default as many as `memory` allows.
+        memory: megabytes, a guide for vectors and graphs (each).
         name: of the model, for the report. progress: called with the name of each section before it begins. objective: further options of `Objective`, such as `class_dim=-1`.
 
     Raises:
         TypeError, ValueError: an argument is wrong, or model, loss and data do not fit together.
     """
     sections = list(dict.fromkeys(sections))
-    check(model, loss, examples, k, sections)
+    check(model, loss, examples, k, memory, sections)
     purse = Purse(budget)
     if isinstance(optimizer, str):
         parse(optimizer)
@@ -501,14 +531,16 @@ def inspect(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], loader: 
     with random_numbers_kept(loader), undisturbed(mine, seed, evaluation), torch.inference_mode(False), torch.enable_grad():
         data = read(loader, examples, device)
         options = {"k": k, "optimizer": optimizer, "training_steps": training_steps, "steps": steps, "objective": objective}
-        work = Work(Objective(mine, loss, **objective), data, bare(model), purse, seed, chunk, options, evaluation)
+        work = Work(Objective(mine, loss, **objective), data, bare(model), purse, seed, chunk, options, memory, evaluation)
         purse.watch(work.objective, work.size)
-        look_first(work)
-        work = shrunk(work)
-        error = product_error(work)
+        costs: dict[str, Section] = {}
+        with Meter("first", costs, purse, device):
+            look_first(work)
+            work = shrunk(work)
+            error = product_error(work)
         if not error < 0.5:
             work.notes.append(f"a product with the Hessian differs from a difference of gradients by {100 * error:.0f} %: some function of the model may have no second derivative in PyTorch, and then curvature is missing here")
-        left_out, failed, costs = measured(work, sections, progress)
+        left_out, failed = measured(work, sections, progress, costs)
     sizes: dict[str, int] = {}
     A = work.operator()
     for parameter, start, stop in zip(A.names, A.offsets, A.offsets[1:]):

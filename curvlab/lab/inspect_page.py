@@ -36,7 +36,7 @@ __all__ = ['TITLES', 'MATRICES', 'READING', 'PARTS', 'CSS', 'densities', 'larges
            'page', 'save']
 
 # %% ../../nbs/lab/inspect_page.ipynb #baa82dc1
-TITLES = {"top": "top directions", "hessian": "density of the Hessian", "ggn": "density of the Gauss-Newton matrix", "traces": "traces", "training": "training run", "kronecker": "Kronecker errors"}
+TITLES = {"first": "first look and check", "top": "top directions", "hessian": "density of the Hessian", "ggn": "density of the Gauss-Newton matrix", "traces": "traces", "training": "training run", "kronecker": "Kronecker errors"}
 MATRICES = {"hessian": ("Hessian", INK["blue"]), "ggn": ("Gauss-Newton", INK["orange"])}
 
 
