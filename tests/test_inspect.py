@@ -105,10 +105,10 @@ def test_the_model_stays_when_a_measurement_fails():
     model, x, y = Stubborn(), torch.randn(9, 3), torch.randint(0, 2, (9,))
     before, world = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     found = inspect(model, CE, (x, y), budget="300 products")
-    assert "ggn" in found.failed and "RuntimeError" in found.left_out["ggn"]
-    assert any("second derivative" in note for note in found.notes)   # the Hessian loses this part without an error
+    assert set(found.failed) >= {"top", "hessian", "ggn", "traces", "training"}
+    assert "once_differentiable" in found.left_out["hessian"]   # products with the Hessian would lose this part without an error
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values())) and torch.equal(world, torch.get_rng_state())
-    assert "No density of the Gauss-Newton matrix" in page(found)
+    assert "No top directions" in page(found) and "loss" in page(found)
 
 
 def test_top_directions_against_the_dense_matrix(seen):
@@ -165,7 +165,6 @@ def test_budget_is_kept_and_what_is_missing_is_told():
     model, x, y = problem(60)
     wide = inspect(model, CE, (x, y), budget="400 products", k=5)
     assert 250 < sum(c.products for c in wide.costs.values()) < 480
-    assert not any("second derivative" in note for note in wide.notes)
     poor = inspect(model, CE, (x, y), budget="30 products")
     assert set(poor.left_out) >= {"traces", "training"} and not poor.failed and all("affordable" in r or "spent" in r for r in poor.left_out.values())
     assert sum(c.products for c in poor.costs.values()) < 100

@@ -23,17 +23,32 @@ from ..curvature.estimators import Estimate, random_signs
 from ..curvature.operators import GGN, Hessian, NetworkOperator
 from ..curvature.spectrum import Density, Eigenpairs, density, eigenpairs
 from .inspect_inputs import Examples, Purse, first_of, random_numbers_kept, read
-from .recorder import Recorder, at_parameters, sharpness, stability_limit, undisturbed
+from .recorder import Recorder, sharpness, stability_limit, undisturbed
 from .train import parse
 from ..objective import Objective, bare
 
 # %% auto #0
-__all__ = ['SECTIONS', 'EXPECTED', 'FEWEST', 'SMALLEST_PLAN', 'LeftOut', 'Work', 'layer_of', 'by_layer', 'Top', 'top_directions',
-           'spectrum_of', 'Traces', 'traces', 'both_traces', 'Kronecker', 'kronecker', 'Training', 'descent',
-           'training', 'Section', 'Inspection', 'Meter', 'measured', 'look_first', 'fitting_chunk', 'shapes',
-           'product_error', 'private_copy', 'shrunk', 'check', 'inspect']
+__all__ = ['SECTIONS', 'EXPECTED', 'FEWEST', 'SMALLEST_PLAN', 'once_only', 'LeftOut', 'Work', 'layer_of', 'by_layer', 'Top',
+           'top_directions', 'spectrum_of', 'Traces', 'traces', 'both_traces', 'Kronecker', 'kronecker', 'Training',
+           'descent', 'training', 'Section', 'Inspection', 'Meter', 'measured', 'look_first', 'fitting_chunk', 'shapes',
+           'private_copy', 'shrunk', 'check', 'inspect']
 
 # %% ../../nbs/lab/inspect.ipynb #dcc15e20
+def once_only(objective: Objective, data: Examples) -> bool:
+    "Whether some function of the model, or the loss, has a backward pass that cannot be differentiated again. Judged by the graph of the gradient of a few examples."
+    few = min(4, len(data.y))
+    for graph in objective.at(first_of(data.x, few), data.y[:few])._graphs():
+        grads = torch.autograd.grad(graph.loss, objective.params, create_graph=True, allow_unused=True)
+        waiting, known = [g.grad_fn for g in grads if g is not None and g.grad_fn is not None], set()
+        while waiting:
+            node = waiting.pop()
+            if node.name().rpartition("::")[2] == "Error":
+                return True
+            known.add(node)
+            waiting += [n for n, _ in node.next_functions if n is not None and n not in known]
+    return False
+
+
 class LeftOut(Exception):
     "A measurement was not made; the message says why."
 
@@ -62,6 +77,8 @@ class Work:
     def operator(self, curvature: str = "hessian") -> NetworkOperator:
         "The Hessian or the Gauss-Newton matrix (`ggn`) of the inspected data."
         if curvature not in self.operators:
+            if curvature == "hessian" and once_only(self.objective, self.data):
+                raise RuntimeError("a function of the model has a backward pass that cannot be differentiated again (once_differentiable), so the Hessian would silently lack its part; write its backward pass with differentiable operations")
             self.operators[curvature] = {"hessian": Hessian, "ggn": GGN}[curvature](self.objective, self.data.x, self.data.y, chunk=self.chunk)
         return self.operators[curvature]
 
@@ -72,7 +89,7 @@ class Work:
     @property
     def room(self) -> int:
         "Vectors of as many numbers as the model has parameters that fit into the memory allowed."
-        A = self.operator()
+        A = self.operator("ggn")
         return int(self.memory * 2**20 / (A.shape[0] * max(4, A.dtype.itemsize)))
 
     def affordable(self, amount: float, curvature: str = "hessian", columns: int = 1) -> int:
@@ -306,7 +323,7 @@ class Inspection:
         hessian, ggn: spectral densities. top, traces, kronecker, training: see the classes. Each is `None` where it was left out.
         left_out: measurement → why there is none. failed: those of them that ended with an error.
         notes: where a measurement is smaller or less exact than was asked for.
-        costs: measurement → its cost; `first` is the first look with its check.
+        costs: measurement → its cost; `first` is the first look.
     """
 
     name: str
@@ -435,28 +452,6 @@ def shapes(x: Any) -> str:
         return f"{str(x.dtype).removeprefix('torch.')} {'x'.join(map(str, x.shape))}"
     return ", ".join(f"{k}: {shapes(v)}" for k, v in x.items()) if isinstance(x, Mapping) else ", ".join(map(shapes, x))
 
-# %% ../../nbs/lab/inspect.ipynb #83caf395
-def product_error(work: Work) -> float:
-    "`|Hv - (g(w + hv) - g(w - hv)) / 2h| / |difference|` for `v` along the gradient; the smaller of two step sizes; 0 where the gradient vanishes."
-    g, params, A = work.found["gradient"], work.objective.params, work.operator()
-    length = torch.linalg.norm(g)
-    if not length > 0:
-        return 0.0
-    v = g / length
-    w, pieces = torch.cat([p.detach().flatten() for p in params]), [p.numel() for p in params]
-
-    def gradient(at: Tensor) -> Tensor:
-        with at_parameters(params, [part.view(p.shape).to(p.dtype) for part, p in zip(at.split(pieces), params)]):
-            work.objective.at(work.data.x, work.data.y, work.chunk)()
-            return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params]).detach().clone()
-
-    errors, product = [], A @ v.to(A.dtype)
-    for h in (3e-3, 3e-4):
-        h = h * float(torch.linalg.norm(w)) + 1e-6
-        difference = (gradient(w + h * v) - gradient(w - h * v)) / (2 * h)
-        errors.append(float(torch.linalg.norm(product - difference) / torch.linalg.norm(difference).clamp(min=1e-12)))
-    return min(errors)
-
 # %% ../../nbs/lab/inspect.ipynb #7d0dc446
 FEWEST, SMALLEST_PLAN = 64, 300   # examples, and products of a plan that does a little of everything
 
@@ -474,7 +469,7 @@ def private_copy(model: nn.Module) -> nn.Module:
 def shrunk(work: Work) -> Work:
     "The work on fewer examples, if a budget in seconds asks for it."
     amount = work.purse.left
-    while work.purse.unit == "seconds" and work.size > FEWEST and work.affordable(amount, columns=4) < SMALLEST_PLAN:
+    while work.purse.unit == "seconds" and work.size > FEWEST and work.affordable(amount, "ggn", columns=4) < SMALLEST_PLAN:
         before, n = work.size, max(FEWEST, work.size // 2)
         work = Work(work.objective, Examples(first_of(work.data.x, n), work.data.y[:n], work.data.batch, work.data.total), work.original, work.purse, work.seed, work.chunk, work.options, work.memory, work.evaluation, work.notes)
         work.purse.works.clear()
@@ -537,12 +532,9 @@ def inspect(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], loader: 
         with Meter("first", costs, purse, device):
             look_first(work)
             work = shrunk(work)
-            error = product_error(work)
-        if not error < 0.5:
-            work.notes.append(f"a product with the Hessian differs from a difference of gradients by {100 * error:.0f} %: some function of the model may have no second derivative in PyTorch, and then curvature is missing here")
         left_out, failed = measured(work, sections, progress, costs)
     sizes: dict[str, int] = {}
-    A = work.operator()
+    A = work.operator("ggn")
     for parameter, start, stop in zip(A.names, A.offsets, A.offsets[1:]):
         sizes[layer_of(parameter)] = sizes.get(layer_of(parameter), 0) + stop - start
     modules = dict(mine.named_modules())

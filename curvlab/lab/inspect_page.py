@@ -36,7 +36,7 @@ __all__ = ['TITLES', 'MATRICES', 'READING', 'PARTS', 'CSS', 'densities', 'larges
            'page', 'save']
 
 # %% ../../nbs/lab/inspect_page.ipynb #baa82dc1
-TITLES = {"first": "first look and check", "top": "top directions", "hessian": "density of the Hessian", "ggn": "density of the Gauss-Newton matrix", "traces": "traces", "training": "training run", "kronecker": "Kronecker errors"}
+TITLES = {"first": "first look", "top": "top directions", "hessian": "density of the Hessian", "ggn": "density of the Gauss-Newton matrix", "traces": "traces", "training": "training run", "kronecker": "Kronecker errors"}
 MATRICES = {"hessian": ("Hessian", INK["blue"]), "ggn": ("Gauss-Newton", INK["orange"])}
 
 
@@ -122,7 +122,8 @@ def count_plot(ax: Axes, seen: Inspection, points: int = 200) -> Axes:
             ax.plot(sizes.numpy(), np.maximum(middle, 1e-9), dash, color=colour, linewidth=1.5, label=f"{label}, {word} this size")
             ax.fill_between(sizes.numpy(), np.maximum(middle - error, 1e-9), middle + error, color=colour, alpha=0.15, linewidth=0)
     ax.set(xscale="log", yscale="log", ylim=(0.3, 2 * seen.n), xlabel="size of the eigenvalue", ylabel="eigenvalues beyond it")
-    ax.legend(loc="lower left", frameon=False, fontsize=7.5)
+    if ax.lines:
+        ax.legend(loc="lower left", frameon=False, fontsize=7.5)
     return ax
 
 # %% ../../nbs/lab/inspect_page.ipynb #47ad8d32
