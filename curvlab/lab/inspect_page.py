@@ -29,7 +29,7 @@ from .plots import INK, STYLE, figure
 from .race import for_json
 
 # %% auto #0
-__all__ = ['TITLES', 'MATRICES', 'READING', 'PARTS', 'CSS', 'densities', 'largest', 'outside', 'estimate', 'numbers',
+__all__ = ['TITLES', 'MATRICES', 'RESOLVED', 'READING', 'PARTS', 'CSS', 'densities', 'largest', 'outside', 'estimate', 'numbers',
            'density_plot', 'count_plot', 'top_plot', 'gradient_plot', 'short', 'titled', 'home_plot', 'trace_plot',
            'kronecker_plot', 'sharpness_plot', 'loss_plot', 'three', 'percent', 'about', 'say_spectrum', 'say_top',
            'say_layers', 'say_training', 'svg', 'drawings', 'cards', 'kept_together', 'part_section', 'cost_section',
@@ -38,6 +38,9 @@ __all__ = ['TITLES', 'MATRICES', 'READING', 'PARTS', 'CSS', 'densities', 'larges
 # %% ../../nbs/lab/inspect_page.ipynb #baa82dc1
 TITLES = {"first": "first look", "top": "top directions", "hessian": "density of the Hessian", "ggn": "density of the Gauss-Newton matrix", "traces": "traces", "training": "training run", "kronecker": "Kronecker errors"}
 MATRICES = {"hessian": ("Hessian", INK["blue"]), "ggn": ("Gauss-Newton", INK["orange"])}
+
+
+RESOLVED = 30   # Lanczos steps below which counts of eigenvalues are called rough
 
 
 def densities(seen: Inspection) -> dict[str, Any]:
@@ -250,6 +253,9 @@ def say_spectrum(seen: Inspection) -> str:
     "What the densities say."
     share, low = outside(seen), float(next(iter(densities(seen).values())).nodes.min())
     text = f"About {about(share, seen.n)} of {three(seen.n)} eigenvalues are larger, in size, than 1 % of the largest, {three(largest(seen))}: all other directions are nearly flat."
+    steps = min(d.nodes.shape[1] for d in densities(seen).values())
+    if steps < min(RESOLVED, seen.n):
+        text += f" This count is rough: the density rests on {steps} Lanczos steps, and its bumps are their resolution; a larger budget gives more."
     if seen.hessian is not None:
         text += f" The Hessian has negative eigenvalues, down to {three(low)}: the point is no minimum." if low < -0.002 * largest(seen) else " No clearly negative eigenvalue was seen."
     return text
@@ -366,7 +372,7 @@ h3 { font-size: 1.05rem; margin: 1.6rem 0 .3rem; }
 .card span, .card small { display: block; line-height: 1.35; } .card span { font-size: .92rem; } .card small { color: var(--soft); font-size: .82rem; }
 section { border-top: 1px solid var(--line); padding: 2.2rem 0 1.4rem; margin-top: 1.8rem; }
 .says { font-size: 1.13rem; line-height: 1.5; max-width: 48rem; margin: 0 0 1.1rem; overflow-wrap: anywhere; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem; align-items: start; }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); gap: 1rem; align-items: start; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: .8rem .8rem .5rem; }
 svg { display: block; width: 100%; height: auto; } svg text { fill: currentColor; }
 .how { color: var(--soft); max-width: 48rem; margin: 1rem 0 0; font-size: .97rem; } .how b { color: var(--ink); }
