@@ -52,7 +52,7 @@ def once_only(objective: Objective, data: Examples) -> bool:
 class LeftOut(Exception):
     "A measurement was not made; the message says why."
 
-
+# %% ../../nbs/lab/inspect.ipynb #7a0c1e3d
 @dataclass
 class Work:
     "A private model with its objective and data, and what the measurements share."
@@ -268,7 +268,7 @@ def descent(work: Work, model: nn.Module) -> tuple[Any, str, float | None, int]:
     simple = simple and not (group["nesterov"] or group["weight_decay"] or group["dampening"] or group["maximize"])
     return made, make if isinstance(make, str) else type(made).__name__, stability_limit(group["lr"], group["momentum"]) if simple else None, min(work.data.batch, work.size)
 
-
+# %% ../../nbs/lab/inspect.ipynb #4162ac9b
 def training(work: Work, amount: float) -> Training:
     "Steps of a second copy until they are all taken, the amount is spent, or the loss is not finite."
     until = work.purse.left - amount
@@ -414,7 +414,7 @@ def measured(work: Work, sections: Sequence[str], progress: Callable[[str], None
                 failed.append(name)
     return left_out, failed
 
-
+# %% ../../nbs/lab/inspect.ipynb #b0ccc429
 def look_first(work: Work) -> None:
     "Loss, gradient and number of outputs an example; the errors that a model, its loss and its data can have together."
     try:

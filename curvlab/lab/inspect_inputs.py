@@ -103,7 +103,7 @@ def first_of(x: Any, n: int, device: torch.device | None = None) -> Any:
         return x[:n].to(device=device)
     return {k: first_of(v, n, device) for k, v in x.items()} if isinstance(x, Mapping) else tuple(first_of(v, n, device) for v in x)
 
-
+# %% ../../nbs/lab/inspect_inputs.ipynb #1fa34e64
 def read(loader: Any, examples: int, device: torch.device) -> Examples:
     """The first `examples` examples of a loader of `(x, y)` batches, or of one batch given as a tuple `(x, y)`.
 
@@ -230,7 +230,7 @@ def model_named(text: str, weights: str | Path | None = None, device: str = "cpu
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {device!r} cannot be used: {str(error).splitlines()[0]}; write cpu, cuda or cuda:N") from error
 
-
+# %% ../../nbs/lab/inspect_inputs.ipynb #e9657f1e
 def loss_named(text: str) -> Callable[[Tensor, Tensor], Tensor]:
     "A loss by its word, or the function or module `module:name`; a class or a function without arguments is called."
     if text in LOSSES:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 
-from .. import __version__
+import curvlab
 from ..curvature.estimators import Estimate
 from .inspect import SECTIONS, Inspection
 from .plots import INK, STYLE, figure
@@ -74,7 +74,7 @@ def numbers(seen: Inspection) -> dict[str, Any]:
         "name": seen.name, "parameters": seen.n, "layers": seen.parameters, "examples": seen.examples, "examples in the loader": seen.total, "loss": seen.loss, "gradient norm": seen.gradient_norm,
         "budget": seen.budget, "mode": "evaluation" if seen.evaluation else "as given", "seed": seen.seed, "left out": seen.left_out, "notes": seen.notes,
         "costs": {name: {"seconds": c.seconds, "products": c.products, "megabytes": c.megabytes} for name, c in seen.costs.items()},
-        "versions": {"curvlab": __version__, "torch": torch.__version__, "python": platform.python_version()}, "made": time.strftime("%Y-%m-%d %H:%M")}
+        "versions": {"curvlab": curvlab.__version__, "torch": torch.__version__, "python": platform.python_version()}, "made": time.strftime("%Y-%m-%d %H:%M")}
     if seen.top:
         pairs = seen.top.pairs
         record["top"] = {"eigenvalues": pairs.values.tolist(), "residuals": pairs.residuals.tolist(), "converged": pairs.converged, "gradient share": seen.top.gradient.tolist(),
@@ -421,7 +421,7 @@ def page(seen: Inspection, command: str = "") -> str:
     scope = f"{seen.examples:,} of {seen.total:,} examples" if seen.total else f"the first {seen.examples:,} examples"
     numbers_ = "".join(f'<div class="card"><b>{escape(value)}</b><span>{escape(name)}</span><small>{escape(remark)}</small></div>' for value, name, remark in cards(seen))
     body = "".join(part_section(seen, *part) for part in PARTS) + cost_section(seen)
-    made = " · ".join([time.strftime("%Y-%m-%d %H:%M"), f"curvlab {__version__}", f"torch {torch.__version__}", f"seed {seen.seed}"])
+    made = " · ".join([time.strftime("%Y-%m-%d %H:%M"), f"curvlab {curvlab.__version__}", f"torch {torch.__version__}", f"seed {seen.seed}"])
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Curvature of {escape(seen.name)}</title><style>{CSS}</style></head><body>'
             f'<header><p class="kicker">Curvature of</p><h1>{escape(seen.name)}</h1><p class="about">{seen.n:,} parameters in {len(seen.parameters)} layers, looked at on {scope}, {mode}.</p><div class="cards">{numbers_}</div></header>'
             f'<main>{body}</main><footer><p>{escape(made)}{f"<br><code>{escape(command)}</code>" if command else ""}</p></footer></body></html>\n')
