@@ -106,7 +106,7 @@ class Work:
         self.prices[curvature, columns] = min((now - middle) / columns, self.prices.get((curvature, columns), math.inf))   # a busy machine makes single timings too long
         return max(0, int((amount - (now - begin)) / self.prices[curvature, columns]))
 
-
+# %% ../../nbs/lab/inspect.ipynb #158cd082
 def layer_of(parameter: str) -> str:
     "The layer that a parameter belongs to: its name without the last part."
     return parameter.rpartition(".")[0] or parameter
@@ -506,7 +506,7 @@ def inspect(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], loader: 
         budget: seconds, or text such as `"30 s"` or `"600 products"`. A guide: a measurement that has begun is finished.
         examples: inspect at most so many, the first that the loader yields.
         k: number of top eigenpairs.
-        optimizer: of the training run: text such as `"torch.optim.Adam(lr=1e-3)"` or a function of the model, stepping on the loader's batches; by default gradient descent on all inspected examples with step `1 / lambda_max`.
+        optimizer: of the training run: text such as `"torch.optim.Adam(lr=1e-3)"` or a function of the model, stepping on the loader's batches; by default gradient descent on all inspected examples with step `1 / lambda_max`. A model in evaluation mode is trained in training mode.
         training_steps: of that run. steps: Lanczos steps of the densities, at most.
         sections: what to measure: `"top"`, `"hessian"`, `"ggn"`, `"traces"`, `"training"`, `"kronecker"`.
         evaluation: measure in evaluation mode (dropout off, batch-norm statistics fixed); `False`: in the modes that the model is in.
