@@ -174,6 +174,15 @@ def test_budget_is_kept_and_what_is_missing_is_told():
     assert set(short_time.left_out) == set(SECTIONS) and short_time.total == 1200
 
 
+def test_little_memory_means_chunks_and_fewer_vectors_and_the_same_eigenvalues(seen):
+    found, model, H, _ = seen
+    x, y = dense_net()[1:3]
+    tight = inspect(model, CE, (x, y), budget="900 products", k=2, memory=0.008, sections=["top", "hessian", "traces"])   # 16 vectors of 64 numbers
+    assert any("examples at a time" in note for note in tight.notes) and any("Lanczos steps" in note for note in tight.notes) and tight.hessian.nodes.shape[1] == 16
+    assert torch.allclose(tight.top.pairs.values, torch.linalg.eigvalsh(H).flip(0)[:2], rtol=2e-3) and tight.left_out.keys() == {"ggn", "kronecker", "training"}
+    assert "memory" in inspect(model, CE, (x, y), budget="900 products", memory=0.003, sections=["top"]).left_out["top"]
+
+
 def test_losses_without_likelihood_and_models_that_lack_something():
     torch.manual_seed(0)
     model, x, y = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)), torch.randn(20, 4), torch.randn(20, 2)
