@@ -13,7 +13,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 from curvlab.batch.cli import app
-from curvlab.lab.inspect import SECTIONS, inspect, layer_of
+from curvlab.curvature.operators import Hessian
+from curvlab.curvature.spectrum import Eigenpairs
+from curvlab.lab.inspect import SECTIONS, inspect, layer_of, traces
 from curvlab.lab.inspect_inputs import Purse, loader_named, loss_named, model_named, read
 from curvlab.lab.inspect_page import about, numbers, outside, page, percent, save, say_layers, say_spectrum, say_top, say_training, short, three
 from curvlab.objective import Objective
@@ -130,13 +132,34 @@ def test_traces_by_layer_and_densities_against_the_dense_matrix(seen):
     for layer, rows in (("0", slice(0, 36)), ("2", slice(36, 64))):
         e, exact = found.traces["hessian"].layers[layer], H.diagonal()[rows].sum()
         low, high = e.interval(0.9999)
-        assert low < exact < high and 0 < e.standard_error < abs(exact)
+        assert low < exact < high and 0 < e.standard_error < abs(exact) / 5
     low, high = found.hessian.moment(2).interval(0.9999)
     assert low < (H**2).sum() / len(H) < high
     assert found.hessian.nodes.max() == pytest.approx(float(torch.linalg.eigvalsh(H)[-1]), rel=1e-3) and found.ggn.nodes.min() > -1e-12
     share = (torch.linalg.eigvalsh(H).abs() > 0.01 * torch.linalg.eigvalsh(H).max()).double().mean()
     low, high = outside(found).interval(0.9999)
     assert low < share < high
+
+
+def test_known_eigenpairs_make_the_trace_sharper_and_its_interval_honest(seen):
+    found, model, H, _ = seen
+    x, y = dense_net()[1:3]
+    A = Hessian(Objective(model, CE), x, y)
+    wrong = Eigenpairs(found.top.pairs.values * 0.7 + 0.1, found.top.pairs.vectors.roll(3, 0), found.top.pairs.residuals, True, 0)
+    for known in (found.top.pairs, wrong):   # unbiased whatever is known
+        runs = [traces(A, 12, torch.Generator().manual_seed(s), known=known) for s in range(60)]
+        values = torch.stack([t.total.value for t in runs])
+        assert abs(values.mean() - H.trace()) < 4 * values.std() / 60**0.5
+        for layer, rows in (("0", slice(0, 36)), ("2", slice(36, 64))):
+            mine = torch.stack([t.layers[layer].value for t in runs])
+            assert abs(mine.mean() - H.diagonal()[rows].sum()) < 4 * mine.std() / 60**0.5
+    runs = [[traces(A, 12, torch.Generator().manual_seed(s), known=known).total for s in range(60)] for known in (None, found.top.pairs)]
+    covered = [sum(bool(e.interval()[0] < H.trace() < e.interval()[1]) for e in r) for r in runs]
+    errors = [torch.stack([(e.value - H.trace()) ** 2 for e in r]).mean() for r in runs]
+    V, values = found.top.pairs.vectors, found.top.pairs.values
+    for error, B in zip(errors, (H, H - V @ torch.diag(values) @ V.T)):   # the variance of z'Bz for random signs z
+        assert error == pytest.approx(float(2 * (B.square().sum() - B.diagonal().square().sum()) / 12), rel=0.6)
+    assert errors[1] < errors[0] / 1.5 and covered[1] >= 52   # 95 % of 60 are 57
 
 
 def test_training_starts_at_the_measured_sharpness_and_takes_the_steps_of_gradient_descent(seen):

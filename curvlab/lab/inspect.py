@@ -186,13 +186,15 @@ class Traces:
     layers: dict[str, Estimate]
 
 
-def traces(A: NetworkOperator, samples: int, generator: torch.Generator, block: int = 16) -> Traces:
-    "Hutchinson's estimator, layer by layer."
+def traces(A: NetworkOperator, samples: int, generator: torch.Generator, block: int = 16, known: Eigenpairs | None = None) -> Traces:
+    "Hutchinson's estimator, layer by layer, of `A - V diag(values) V'` for `known` eigenpairs of a matrix like `A`, whose own traces are then added: unbiased whatever is known."
     parts = []
+    V, values = (known.vectors.to(A.dtype), known.values.to(A.dtype)) if known else (torch.zeros(A.shape[0], 1, dtype=A.dtype, device=A.device), torch.zeros(1, dtype=A.dtype, device=A.device))
+    exact = by_layer(A, V.double().square() @ values.double())
     for start in range(0, samples, block):
         Z = random_signs((A.shape[0], min(block, samples - start)), generator, A.dtype, A.device)
-        parts.append(by_layer(A, (Z * (A @ Z)).double()))
-    each = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+        parts.append(by_layer(A, (Z * (A @ Z - V @ (values[:, None] * (V.mT @ Z)))).double()))
+    each = {name: exact[name] + torch.cat([p[name] for p in parts]) for name in parts[0]}
     estimate = lambda d: Estimate(d.mean(), d.std() / samples**0.5, samples, samples - 1, samples)
     return Traces(estimate(sum(each.values())), {name: estimate(d) for name, d in each.items()})
 
@@ -203,7 +205,8 @@ def both_traces(work: Work, amount: float) -> dict[str, Traces]:
     if samples < 4:
         raise LeftOut(f"two traces with error bars need at least 8 products, {2 * samples} were affordable")
     block = min(16, max(1, work.room // 4))
-    return {curvature: traces(work.operator(curvature), samples, work.generator(3), block) for curvature in ("hessian", "ggn")}
+    known = work.found["top"].pairs if "top" in work.found else None
+    return {curvature: traces(work.operator(curvature), samples, work.generator(3), block, known) for curvature in ("hessian", "ggn")}
 
 # %% ../../nbs/lab/inspect.ipynb #fadcef2b
 @dataclass(frozen=True)
