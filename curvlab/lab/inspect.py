@@ -289,7 +289,7 @@ def training(work: Work, amount: float) -> Training:
     planned = min(wanted, most // 2)
     looks = min(max((most - planned - 10) // 12, 2), 13)   # the first costs twice as much as the others, which start from its vector
     gap = max(1, math.ceil(planned / (looks - 1)))
-    recorder = Recorder(sharpness(tol=1e-2, max_products=100), every=gap, objective=objective, x=work.data.x, y=work.data.y, optimizer=optimizer, evaluation=work.evaluation, seed=work.seed, chunk=work.chunk)
+    recorder = Recorder(sharpness(tol=1e-2, max_products=100), every=lambda step: step % gap == 0 or step == planned, objective=objective, x=work.data.x, y=work.data.y, optimizer=optimizer, evaluation=work.evaluation, seed=work.seed, chunk=work.chunk)
     parts, step, loss = objective.at(work.data.x, work.data.y, batch).parts, 0, work.found["loss"]
     recorder(0)
     while step < planned and work.purse.left > until:

@@ -149,7 +149,7 @@ def gradient_plot(ax: Axes, seen: Inspection) -> Axes:
     ax.plot(at, at / seen.n, "--", color=INK["grey"], linewidth=1.2, label="a random vector")
     ax.set(xticks=at, xlim=(0.4, len(at) + 0.6), ylim=(-0.02, 1.02), xlabel="directions", ylabel="share in their span")
     ax.grid(axis="x", visible=False)
-    ax.legend(loc="lower right", bbox_to_anchor=(1.0, 0.07), frameon=False, fontsize=8)
+    ax.legend(**({"loc": "lower right", "bbox_to_anchor": (1.0, 0.07)} if share[-1] > 0.5 else {"loc": "upper right"}), frameon=False, fontsize=8)
     return ax
 
 
@@ -274,8 +274,8 @@ def say_layers(seen: Inspection) -> str:
     "What traces and Kronecker errors say."
     text = ""
     if seen.traces:
-        h, g = seen.traces["hessian"].total, seen.traces["ggn"].total
-        text += f"The Hessian's trace is {about(h)}, the Gauss-Newton matrix's {about(g)} (95 % intervals, {h.samples} random vectors). "
+        h, g, rest = seen.traces["hessian"].total, seen.traces["ggn"].total, " for what the top directions leave" if seen.top else ""
+        text += f"The Hessian's trace is {about(h)}, the Gauss-Newton matrix's {about(g)} (95 % intervals, {h.samples} random vectors{rest}). "
     if seen.kronecker:
         middle = {how: float(np.median([float(e.errors[how][0]) for e in seen.kronecker.errors])) for how in ("kfac", "ekfac", "diagonal")}
         worst = max(seen.kronecker.errors, key=lambda e: float(e.errors["kfac"][0]))
@@ -422,7 +422,9 @@ def page(seen: Inspection, command: str = "") -> str:
     numbers_ = "".join(f'<div class="card"><b>{escape(value)}</b><span>{escape(name)}</span><small>{escape(remark)}</small></div>' for value, name, remark in cards(seen))
     body = "".join(part_section(seen, *part) for part in PARTS) + cost_section(seen)
     made = " · ".join([time.strftime("%Y-%m-%d %H:%M"), f"curvlab {curvlab.__version__}", f"torch {torch.__version__}", f"seed {seen.seed}"])
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Curvature of {escape(seen.name)}</title><style>{CSS}</style></head><body>'
+    brief = escape("; ".join(f"{value} {name}" for value, name, _ in cards(seen)))
+    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Curvature of {escape(seen.name)}</title>'
+            f'<meta name="description" content="{brief}"><meta property="og:title" content="Curvature of {escape(seen.name)}"><meta property="og:description" content="{brief}"><style>{CSS}</style></head><body>'
             f'<header><p class="kicker">Curvature of</p><h1>{escape(seen.name)}</h1><p class="about">{seen.n:,} parameters in {len(seen.parameters)} layers, looked at on {scope}, {mode}.</p><div class="cards">{numbers_}</div></header>'
             f'<main>{body}</main><footer><p>{escape(made)}{f"<br><code>{escape(command)}</code>" if command else ""}</p></footer></body></html>\n')
 
