@@ -33,7 +33,7 @@ def call(*words):
     return answer.exit_code, answer.stdout + answer.stderr
 
 
-@pytest.mark.parametrize("command", ["", "list", "show", "run", "report", "check", "promote", "new", "race", "clean"])
+@pytest.mark.parametrize("command", ["", "list", "show", "run", "report", "check", "promote", "new", "race", "inspect", "clean"])
 def test_help_shows_how(command):
     code, text = call(*command.split(), "--help")
     assert code == 0 and ("curvlab" in text)

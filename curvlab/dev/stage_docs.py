@@ -71,10 +71,10 @@ def stage_notebook(source: Path, target: Path) -> None:
     module = exported_module(notebook)
     ledger = f'<a href="../../generated/ledger.html?text={source.stem}">Claims and verdicts in the ledger</a>'
     origin = f"Exports {{py:mod}}`{module}`" if module else ledger if source.parent.name == "papers" else ""
+    origin = f":::{{container}} origin\n{origin}\n:::\n\n" if origin else ""     # the gallery exports nothing
     opening = "".join(notebook["cells"][0]["source"])
     below = opening[TITLE.match(opening).end() :].strip()     # a reference, or the first paragraphs, under the summary
-    boxes = "\n\n".join(f":::{{container}} {name}\n{text}\n:::" for name, text in (("lead", summary), ("origin", origin)) if text)
-    first = {**notebook["cells"][0], "source": f"# {title}\n\n{boxes}\n\n{below}\n"}
+    first = {**notebook["cells"][0], "source": f"# {title}\n\n:::{{container}} lead\n{summary}\n:::\n\n{origin}{below}\n"}
     rest = [staged for cell in notebook["cells"][1:] if (staged := stage_cell(cell))]
     language = {"name": "python", "pygments_lexer": "ipython3"}
     page = {**notebook, "cells": [first, *rest], "metadata": {**notebook["metadata"], "language_info": language}}
