@@ -17,6 +17,7 @@ HOMES = {
     "capture_layers": ["curvature_blocks"],
     "structured_operator": ["StructuredOperator", "low_rank"],
     "approximations": ["diagonal", "block_diagonal", "kfac", "ekfac", "kronecker_error"],
+    "random_matrices": ["semicircle", "spiked_wigner", "effective_batch", "noise_level"],
     "pruning": ["Surgeon", "kronecker_saliencies"],
     "shaping": ["blocks", "merge_dims", "unfold", "fold"],
 }
