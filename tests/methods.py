@@ -19,8 +19,9 @@ UNPERTURBED = {name: {"temperature": 0.0} for name in ("Vadam", "VOGN", "Vprop",
 
 # Functions that may read from the device in a step, because the algorithm decides there. Hessian-free: conjugate gradients stop when the model
 # stops falling, backtracking and line search compare losses, and the damping follows from one of them.
-HOST_DECISIONS = {"HessianFree": {"cg", "loss_at", "solve"}}
-SHORT = {"HessianFree": {"max_iter": 3}}  # where such decisions are made up
+# Truncated natural gradients: the solver stops by the residual, the damping follows from the loss, and the plane search compares losses.
+HOST_DECISIONS = {"HessianFree": {"cg", "loss_at", "solve"}} | {name: {"minres", "loss_at", "_adapt_damping"} for name in ("TruncatedNaturalGradient", "NaturalConjugateGradient")}
+SHORT = {name: {"max_iter": 3} for name in HOST_DECISIONS}  # where such decisions are made up
 
 # Methods that train some kinds of parameter by the engine's fallback and must say so.
 LAYERWISE = {"KFAC", "Unitwise"}

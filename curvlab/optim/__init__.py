@@ -8,7 +8,7 @@ METHODS = {
     "Shampoo": "shampoo",
     "AdaHessian": "adahessian",
     "HessianFree": "hessian_free",
-    "NaturalGradient": "natural_gradient",
+    "NaturalGradient": "natural_gradient", "TruncatedNaturalGradient": "natural_gradient", "NaturalConjugateGradient": "natural_gradient",
     "Vadam": "bayes", "VOGN": "bayes", "Vprop": "bayes", "VadaGrad": "bayes",
 }
 RULES = {"Armijo": "step_rules", "Polyak": "step_rules", "QuadraticModel": "step_rules"}
