@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .likelihood import Likelihood, cotangents, likelihood_of
-from .replay import RandomState, bare, differentiable_twice, say_once, throwaway_buffers, wrapped
+from .replay import RandomState, bare, breaks_off, differentiable_twice, say_once, throwaway_buffers, wrapped
 
 # %% auto #0
-__all__ = ['Cost', 'Evaluation', 'Objective', 'Closure', 'evaluate', 'undo_buffers', 'mean_', 'release', 'hvp', 'ggnvp',
-           'require_likelihood', 'per_example_grads']
+__all__ = ['Cost', 'Evaluation', 'Objective', 'Closure', 'evaluate', 'undo_buffers', 'mean_', 'release', 'require_unbroken',
+           'hvp', 'ggnvp', 'require_likelihood', 'per_example_grads']
 
 # %% ../nbs/objective.ipynb #ff1cf95c
 @dataclass
@@ -91,10 +91,14 @@ class _Graph:
     def _fill(self, results: Sequence[Tensor | None], batch: tuple[int, ...] = ()) -> list[Tensor]:
         return [p.new_zeros(batch + p.shape) if r is None else r for r, p in zip(results, self.params)]
 
-    def hvp(self, vs: list[Tensor], batched: bool = False) -> list[Tensor]:
+    def gradient(self) -> Sequence[Tensor | None]:
+        "Gradient of the loss with a graph of its own."
         if self._grads is None:
             self._grads = torch.autograd.grad(self.loss, self.params, create_graph=True, allow_unused=True)
-        pairs = [(g, v) for g, v in zip(self._grads, vs) if g is not None and g.requires_grad]
+        return self._grads
+
+    def hvp(self, vs: list[Tensor], batched: bool = False) -> list[Tensor]:
+        pairs = [(g, v) for g, v in zip(self.gradient(), vs) if g is not None and g.requires_grad]
         if not pairs:
             return self._fill([None] * len(self.params), vs[0].shape[:1] if batched else ())
         out = torch.autograd.grad([g for g, _ in pairs], self.params, [v.to(g.dtype) for g, v in pairs], retain_graph=True, allow_unused=True, is_grads_batched=batched)
@@ -138,6 +142,7 @@ class Objective:
         self.likelihood = likelihood or likelihood_of(loss, average)
         self.average = average or getattr(loss, "reduction", "mean")
         self.cost = Cost()
+        self.looked_at = False  # whether a gradient's graph has been searched for breaks
 
     @property
     def params(self) -> list[Tensor]:
@@ -418,13 +423,22 @@ def _product(self: Closure, name: str, vs: Sequence[Tensor], batched: bool) -> l
         raise ValueError(f"vs has shapes {[tuple(v.shape) for v in vs]}; curvature products take one tensor a parameter: {[tuple(p.shape) for p in self.params]}")
     total = None
     for graph in self._graphs():
+        if name == "hvp":
+            self.require_unbroken(graph.gradient())
         part = getattr(graph, name)(list(vs), batched)
         total = [t.detach() for t in part] if total is None else torch._foreach_add(total, part)
     setattr(self.objective.cost, name, getattr(self.objective.cost, name) + self.size * (len(vs[0]) if batched else 1))
     return self.mean_(total)
 
 
-Closure._key, Closure._graphs, Closure._product = _key, _graphs, _product
+def require_unbroken(self: Closure, grads: Sequence[Tensor | None]) -> None:
+    "Refuse a model with a part that would silently drop out of second derivatives: a `TypeError`. The graph is searched once an objective."
+    if not self.objective.looked_at and breaks_off(grads):
+        raise TypeError("a function of the model, or the loss, has a backward pass that cannot be differentiated again (once_differentiable), so its part would be missing from the Hessian; write its backward pass with differentiable operations, or use the GGN")
+    self.objective.looked_at = True
+
+
+Closure._key, Closure._graphs, Closure._product, Closure.require_unbroken = _key, _graphs, _product, require_unbroken
 
 # %% ../nbs/objective.ipynb #51f94a83
 def hvp(self: Closure, vs: Sequence[Tensor], batched: bool = False) -> list[Tensor]:
@@ -434,6 +448,7 @@ def hvp(self: Closure, vs: Sequence[Tensor], batched: bool = False) -> list[Tens
         vs: one tensor a trainable parameter, in the order of `model.parameters()`, of the parameter's shape; with `batched=True` each has a leading dimension of size K.
 
     Raises:
+        TypeError: some part has a backward pass that cannot be differentiated again.
         ValueError: shapes do not match the parameters.
     """
     return self._product("hvp", vs, batched)

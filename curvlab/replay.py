@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 # %% auto #0
-__all__ = ['log', 'say_once', 'wrapped', 'bare', 'differentiable_twice', 'RandomState', 'throwaway_buffers']
+__all__ = ['log', 'say_once', 'wrapped', 'bare', 'differentiable_twice', 'breaks_off', 'RandomState', 'throwaway_buffers']
 
 # %% ../nbs/replay.ipynb #b71ed7e4
 log = logging.getLogger("curvlab")
@@ -67,6 +67,19 @@ def differentiable_twice(model: nn.Module) -> contextlib.ExitStack:
     if hasattr(torch.compiler, "set_stance"):  # torch >= 2.6
         stack.enter_context(torch.compiler.set_stance("force_eager"))
     return stack
+
+# %% ../nbs/replay.ipynb #828ff8ce
+def breaks_off(grads: Iterable[Tensor | None]) -> bool:
+    "Whether the graph of these gradients ends in a backward pass that cannot be differentiated again."
+    waiting, known = [g.grad_fn for g in grads if g is not None and g.grad_fn is not None], set()
+    while waiting:
+        node = waiting.pop()
+        if node.name().rpartition("::")[2] == "Error":
+            return True
+        if node not in known:
+            known.add(node)
+            waiting += [n for n, _ in node.next_functions if n is not None]
+    return False
 
 # %% ../nbs/replay.ipynb #63450f39
 class RandomState:

@@ -148,7 +148,7 @@ MAY_IMPORT = {
     "objective": {"likelihood", "replay"},
     "curvature": {"likelihood", "replay", "objective", "curvature"},
     "optim": {"likelihood", "objective", "curvature", "optim"},
-    "lab": {"likelihood", "objective", "curvature", "optim", "lab"},
+    "lab": {"likelihood", "replay", "objective", "curvature", "optim", "lab"},
     "ledger": {"ledger"},
     "batch": {"ledger", "batch", "lab"},  # the race command starts the lab's race
     "dev": {"ledger", "batch", "dev"},

@@ -401,3 +401,38 @@ def test_second_derivatives_in_the_weight_of_a_layer_norm():
     assert relative(H @ v, difference) < 1e-9
     wide = H @ torch.stack([v] * 20, 1)
     assert H._forward is True and relative(wide[:, 7], difference) < 1e-9
+
+
+def test_a_backward_pass_that_cannot_be_differentiated_again_is_refused():
+    """Where unused inputs are allowed, PyTorch leaves such a part out of the Hessian without an error."""
+
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x**3
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, g):
+            return 3 * ctx.saved_tensors[0] ** 2 * g
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = nn.Linear(4, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.outer(Cube.apply(self.inner(x)) + self.inner(x))
+
+    torch.manual_seed(0)
+    net, x, y = Net().double(), torch.randn(6, 4).double(), torch.randn(6, 2).double()
+    objective = Objective(net, nn.MSELoss())
+    v = torch.randn(sum(p.numel() for p in net.parameters())).double()
+    for A in (Hessian(objective, x, y), Residual(objective, x, y)):
+        with pytest.raises(TypeError, match="once_differentiable"):
+            A @ v
+        with pytest.raises(TypeError, match="once_differentiable"):
+            A @ torch.stack([v, v], 1)
+    with pytest.raises(TypeError, match="once_differentiable"):
+        objective.at(x, y).hvp([torch.randn_like(p) for p in net.parameters()])

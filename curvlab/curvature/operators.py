@@ -381,16 +381,16 @@ def differentiate(grads: Sequence[Tensor | None], params: Sequence[Tensor], vs: 
 
 # %% ../../nbs/curvature/operators.ipynb #25f678ee
 class Hessian(NetworkOperator):
-    "Hessian of the loss, for any loss that is twice differentiable; see `NetworkOperator` for the arguments."
+    "Hessian of the loss, for any loss that is twice differentiable (a `TypeError` where a backward pass can be differentiated once only); see `NetworkOperator` for the arguments."
 
     cost = "hvp"
 
     def on_graph(self, closure, part, graph, vs, batched):
-        if graph._grads is None:
-            graph._grads = torch.autograd.grad(graph.loss, self.params, create_graph=True, allow_unused=True)
-        if batched and len(vs[0]) > 16 and self.forward_works(lambda v: push_gradient(closure, part, v), lambda v: differentiate(graph._grads, self.params, v, False)):
+        grads = graph.gradient()
+        closure.require_unbroken(grads)
+        if batched and len(vs[0]) > 16 and self.forward_works(lambda v: push_gradient(closure, part, v), lambda v: differentiate(grads, self.params, v, False)):
             return push_gradient(closure, part, vs)
-        return differentiate(graph._grads, self.params, vs, batched)
+        return differentiate(grads, self.params, vs, batched)
 
 
 def output_hessian(closure: Closure, graph: Any, v: Tensor, batched: bool) -> Tensor:
@@ -427,6 +427,7 @@ class Residual(NetworkOperator):
         if not hasattr(graph, "pulled"):
             c, = torch.autograd.grad(graph.loss, outputs, retain_graph=True)
             graph.pulled = torch.autograd.grad(outputs, self.params, c, create_graph=True, allow_unused=True)
+        closure.require_unbroken(graph.pulled)
         return differentiate(graph.pulled, self.params, vs, batched)
 
 # %% ../../nbs/curvature/operators.ipynb #4a5781f0

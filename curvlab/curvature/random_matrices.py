@@ -23,12 +23,7 @@ def semicircle(x: Tensor, sigma: float | Tensor) -> Tensor:
 
 # %% ../../nbs/curvature/random_matrices.ipynb #e3c084e9
 class Spiked(NamedTuple):
-    """Limits for large matrices, of the shape of the spikes.
-
-    Attributes:
-        value: eigenvalue that a spike causes, or the edge of the bulk on its side where it causes none.
-        overlap: squared inner product of its eigenvector with the spike's own; 0 where it drowns.
-    """
+    "Limits for large matrices, of the shape of the spikes: the eigenvalue that a spike causes (the edge of the bulk on its side where it causes none), and the squared inner product of its eigenvector with the spike's own (0 where it drowns)."
 
     value: Tensor
     overlap: Tensor

@@ -26,6 +26,7 @@ from .inspect_inputs import Examples, Purse, first_of, random_numbers_kept, read
 from .recorder import Recorder, sharpness, stability_limit, undisturbed
 from .train import parse
 from ..objective import Objective, bare
+from ..replay import breaks_off
 
 # %% auto #0
 __all__ = ['SECTIONS', 'EXPECTED', 'FEWEST', 'SMALLEST_PLAN', 'once_only', 'LeftOut', 'Work', 'layer_of', 'by_layer', 'Top',
@@ -37,16 +38,7 @@ __all__ = ['SECTIONS', 'EXPECTED', 'FEWEST', 'SMALLEST_PLAN', 'once_only', 'Left
 def once_only(objective: Objective, data: Examples) -> bool:
     "Whether some function of the model, or the loss, has a backward pass that cannot be differentiated again. Judged by the graph of the gradient of a few examples."
     few = min(4, len(data.y))
-    for graph in objective.at(first_of(data.x, few), data.y[:few])._graphs():
-        grads = torch.autograd.grad(graph.loss, objective.params, create_graph=True, allow_unused=True)
-        waiting, known = [g.grad_fn for g in grads if g is not None and g.grad_fn is not None], set()
-        while waiting:
-            node = waiting.pop()
-            if node.name().rpartition("::")[2] == "Error":
-                return True
-            known.add(node)
-            waiting += [n for n, _ in node.next_functions if n is not None and n not in known]
-    return False
+    return any(breaks_off(graph.gradient()) for graph in objective.at(first_of(data.x, few), data.y[:few])._graphs())
 
 
 class LeftOut(Exception):
