@@ -19,8 +19,8 @@ from .step_rules import Search, StepRule
 # %% auto #0
 __all__ = ['SHARED', 'Active', 'NonFiniteError', 'FallbackWarning', 'require', 'wide', 'due', 'zeros_state', 'count_step',
            'adam_direction', 'CurvatureOptimizer', 'check_group', 'add_param_group', 'step', 'average_', 'observers',
-           'observe', 'refresh', 'direction', 'directions', 'fallback_direction', 'generator', 'state_dict',
-           'load_state_dict']
+           'observe', 'refresh', 'direction', 'directions', 'fallback_direction', 'completed', 'generator',
+           'state_dict', 'load_state_dict']
 
 # %% ../../nbs/optim/engine.ipynb #31718db6
 class NonFiniteError(ArithmeticError):
@@ -323,7 +323,19 @@ def fallback_direction(self: CurvatureOptimizer, group: dict[str, Any], params: 
     return torch._foreach_mul(direction, self.fallback_scale)
 
 
-for _verb in (observers, observe, refresh, direction, directions, fallback_direction):
+def completed(self: CurvatureOptimizer, active: Active, solved: dict[int, Tensor]) -> list[list[Tensor]]:
+    "Directions aligned with `active`: the given ones (by the parameter's `id`), and the fallback's for all others."
+    out = []
+    for group, params, grads in active:
+        rest = [(p, g) for p, g in zip(params, grads) if id(p) not in solved]
+        if rest:
+            ps, rest_grads = map(list, zip(*rest))
+            solved = solved | {id(p): d for p, d in zip(ps, self.fallback_direction(group, ps, rest_grads))}
+        out.append([solved[id(p)] for p in params])
+    return out
+
+
+for _verb in (observers, observe, refresh, direction, directions, fallback_direction, completed):
     setattr(CurvatureOptimizer, _verb.__name__, _verb)
 
 # %% ../../nbs/optim/engine.ipynb #b70ddab5

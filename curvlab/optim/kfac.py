@@ -213,14 +213,7 @@ def directions(self: KFAC, active) -> list[list[Tensor]]:
     solved: dict[int, Tensor] = {}
     for b, U in zip(ready, self._solve(ready, [b.matrix(*(grads[id(p)] for p in b.params)) for b in ready])):
         solved |= {id(p): d for p, d in zip(b.params, b.split(U))}
-    out = []
-    for group, params, gs in active:
-        rest = [(p, g) for p, g in zip(params, gs) if id(p) not in solved]
-        if rest:
-            ps, rest_grads = map(list, zip(*rest))
-            solved |= {id(p): d for p, d in zip(ps, self.fallback_direction(group, ps, rest_grads))}
-        out.append([solved[id(p)] for p in params])
-    return out
+    return self.completed(active, solved)
 
 
 def _factorised(self: KFAC, block: LayerBlock) -> bool:

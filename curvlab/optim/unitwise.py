@@ -301,14 +301,7 @@ def directions(self: Unitwise, active) -> list[list[Tensor]]:
     for b in self.blocks:
         if all(id(p) in grads for p in b.params) and ("inverse" if self.structure == "unitwise" else "modulus") in self.state[b.weight]:
             solved |= {id(p): d.reshape(p.shape) for p, d in zip(b.params, self._solve(b, [grads[id(p)] for p in b.params]))}
-    out = []
-    for group, params, gs in active:
-        rest = [(p, g) for p, g in zip(params, gs) if id(p) not in solved]
-        if rest:
-            ps, rest_grads = map(list, zip(*rest))
-            solved |= {id(p): d for p, d in zip(ps, self.fallback_direction(group, ps, rest_grads))}
-        out.append([solved[id(p)] for p in params])
-    return out
+    return self.completed(active, solved)
 
 
 Unitwise.metric, Unitwise.refresh, Unitwise._solve, Unitwise.directions = metric, refresh, _solve, directions
