@@ -172,3 +172,35 @@ def test_shared_convolutions_and_chunks(monkeypatch):
             results.append(optimizer.state[model.conv.weight])
     for r in results[1:]:
         assert torch.allclose(r["A"], results[0]["A"], atol=1e-12) and torch.allclose(r["G"], results[0]["G"], atol=1e-12)
+
+
+# Fewer positions
+
+
+@pytest.mark.parametrize("small", [math.inf, 0], ids=["patches", "shifts"])
+def test_offsets_cover_all_positions_in_turn(monkeypatch, small):
+    """The average over as many observations of one batch as positions are skipped is the full factor; a single one is not."""
+    monkeypatch.setattr(conv_factors, "SMALL", small)
+    x, y = torch.randn(5, 2, 6, 6, generator=torch.Generator().manual_seed(0)).double(), torch.tensor([0, 1, 2, 1, 0])
+    expected, model = factors(convnet(), x, y, curvature="fisher-exact"), convnet()
+    optimizer, objective = KFAC(model, lr=0.0, curvature="fisher-exact", positions=3), Objective(model, nn.CrossEntropyLoss())
+    state = lambda: {f"{b.name} {k}": optimizer.state[b.weight][k].clone() for b in optimizer.blocks for k in ("A", "G")}
+    optimizer.step(objective.at(x, y))
+    exact_at_once = {k for k, M in state().items() if torch.allclose(M, expected[k], rtol=1e-6)}
+    assert exact_at_once == {"6 A", "6 G"} | ({"0 A", "2 A"} if small == 0 else set())  # the last layer has one position
+    for _ in range(2):
+        optimizer.step(objective.at(x, y))
+    assert all(torch.allclose(M, expected[k], atol=1e-12) for k, M in state().items())
+
+
+def test_few_positions_are_all_kept():
+    rows = torch.randn(1, 3, 4, 2)
+    assert capture.thinned(rows, slice(5, None, 6), torch.float64)[0].shape[2] == 4
+    kept, before, factor = capture.thinned(rows, slice(1, None, 3), torch.float64, None, 0.5)
+    assert torch.equal(kept, rows[:, :, [1]].double()) and before is None and factor == 2.0
+
+
+@pytest.mark.parametrize("settings", [dict(positions=0), dict(positions=2, approximation="reduce"), dict(positions=2, structure="tridiagonal")], ids=str)
+def test_positions_are_checked(settings):
+    with pytest.raises(ValueError, match="positions"):
+        KFAC(nn.Linear(2, 2), **settings)

@@ -23,8 +23,9 @@ from ..likelihood import FISHERS
 from ..objective import Closure, Evaluation
 
 # %% auto #0
-__all__ = ['CONVOLUTIONS', 'SUPPORTED', 'LayerBlock', 'layer_blocks', 'padded', 'slide', 'patches', 'patch_sum', 'input_rows',
-           'input_sum', 'input_gram', 'output_rows', 'Use', 'Sample', 'stable_edge', 'watch', 'LayerCapture', 'sweep']
+__all__ = ['CONVOLUTIONS', 'SUPPORTED', 'EVERY', 'LayerBlock', 'layer_blocks', 'padded', 'slide', 'patches', 'patch_sum',
+           'input_rows', 'input_sum', 'input_gram', 'output_rows', 'Use', 'thinned', 'Sample', 'stable_edge', 'watch',
+           'LayerCapture', 'sweep']
 
 # %% ../../nbs/curvature/capture.ipynb #93b7e22b
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -197,6 +198,19 @@ class Use:
         return self._rows
 
 
+EVERY = slice(None)
+
+
+def thinned(rows: Tensor, positions: slice, dtype: torch.dtype, before: Tensor | None = None, factor: Tensor | float | None = None) -> tuple[Tensor, Tensor | None, Tensor | float | None]:
+    "Arguments of `gram` for rows at some positions, weighted to stand for all of them; a layer with fewer positions than one stride keeps all."
+    T = rows.shape[2]
+    if T < (positions.step or 1) or positions == EVERY:
+        return rows.to(dtype), before, factor
+    kept = rows[:, :, positions].to(dtype)
+    share = T / kept.shape[2]
+    return kept, before, share if factor is None else factor * share
+
+
 @dataclass
 class Sample:
     """Rows of one use for one cotangent.
@@ -219,16 +233,20 @@ class Sample:
     def a(self) -> Tensor:
         return self.use.a()
 
-    def input_gram(self, dtype: torch.dtype, before: Tensor | None = None) -> Tensor:
-        "`before` (written into) plus the sum of `a a^T` over examples and positions, `(groups, in [+ 1], in [+ 1])`; rows are made only where there is no quicker way."
+    def input_gram(self, dtype: torch.dtype, before: Tensor | None = None, positions: slice = EVERY) -> Tensor:
+        """`before` (written into) plus the sum of `a a^T` over examples and positions, `(groups, in [+ 1], in [+ 1])`.
+
+        Args:
+            positions: estimate the sum from these; without effect where no rows are made, because there is a quicker way to the exact sum.
+        """
         if self.use.gram is None:
-            return gram(self.a.to(dtype), before)
+            return gram(*thinned(self.a, positions, dtype, before))
         A = self.use.gram(dtype)
         return A if before is None else before.add_(A)
 
-    def output_gram(self, dtype: torch.dtype, before: Tensor | None = None, factor: Tensor | float | None = None) -> Tensor:
-        "`before` (written into) plus `factor` times the sum of `g g^T`, `(groups, out, out)`."
-        return output_gram(self.g.to(dtype), before, factor)
+    def output_gram(self, dtype: torch.dtype, before: Tensor | None = None, factor: Tensor | float | None = None, positions: slice = EVERY) -> Tensor:
+        "`before` (written into) plus `factor` times the sum of `g g^T`, `(groups, out, out)`, estimated from some of the positions."
+        return output_gram(*thinned(self.g, positions, dtype, before, factor))
 
 # %% ../../nbs/curvature/capture.ipynb #b660c701
 def stable_edge(output: Tensor) -> tuple[Tensor, Any]:

@@ -109,7 +109,7 @@ def conv_gram(module: nn.Module, x: Tensor) -> Tensor:
 
 # %% ../../nbs/curvature/conv_factors.ipynb #d1880b95
 SMALL = 2**20  # numbers in all patches below which they are no burden
-CROWDED = 4  # windows that touch the image, a site, above which subtracting costs more than it saves
+CROWDED = 3.5  # windows that touch the image, a site, above which subtracting costs more than it saves
 
 
 def pays(module: nn.Module, shape: Sequence[int]) -> bool:
