@@ -197,7 +197,7 @@ class Use:
             self._rows = self.inputs()
         return self._rows
 
-
+# %% ../../nbs/curvature/capture.ipynb #fe022006
 EVERY = slice(None)
 
 
