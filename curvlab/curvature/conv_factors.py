@@ -89,7 +89,7 @@ def paddings(module: nn.Module) -> list[tuple[int, int]]:
 def conv_gram(module: nn.Module, x: Tensor) -> Tensor:
     """`gram(patches(module, x))` without the patches: `(groups, n, n)` with `n = in / groups * kernel size`, a sum over examples and sites.
 
-    The factor of Grosse & Martens 2016 (KFC), equation 17, before its division. The product is formed by the library's convolution: on a GPU in the precision that is set for convolutions.
+    The sum whose expectation is the input factor `Omega` of KFC (Grosse & Martens 2016). The product is formed by the library's convolution: on a GPU in the precision that is set for convolutions.
 
     Args:
         module: `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` with stride 1; any padding, dilation and groups.
