@@ -14,6 +14,7 @@ HOMES = {
     "closed_form": ["PerceptronFisher", "CommitteeFisher", "UnitFisher"],
     "structured": ["Dense", "Diagonal", "Kronecker", "KroneckerDiagonal", "KroneckerEigen", "LowRankDiagonal", "BlockDiagonal", "KroneckerDifference", "BlockTridiagonal"],
     "capture": ["LayerCapture", "layer_blocks"],
+    "conv_factors": ["conv_gram"],
     "capture_layers": ["curvature_blocks"],
     "structured_operator": ["StructuredOperator", "low_rank"],
     "approximations": ["diagonal", "block_diagonal", "kfac", "ekfac", "kronecker_error"],

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .capture import LayerBlock, LayerCapture, Sample
 from .capture_layers import EmbeddingBlock, NormBlock, curvature_blocks, unrolling
+from .conv_factors import output_gram
 from .structured import BlockDiagonal, Dense, Diagonal, gram, Kronecker, KroneckerDiagonal, KroneckerEigen
 from .structured_operator import StructuredOperator
 from ..likelihood import FISHERS
@@ -124,11 +125,14 @@ class KroneckerSums:
         return self.examples == 0
 
     def see(self, block: LayerBlock, rows: list[tuple[Tensor, Tensor]], factor: Tensor | float, first: bool, examples: int) -> None:
+        "As for gradients; in the place of the input rows there may be a function `before -> before + sum of a a^T`, for layers that need no rows."
         for a, g in rows:
-            self.G = gram(g, self.G, factor)
+            self.G = output_gram(g, self.G, factor)
             if not first:
                 continue
-            if a.is_floating_point():
+            if callable(a):
+                self.A, self.rows = a(self.A), self.rows + g.shape[1] * g.shape[2]
+            elif a.is_floating_point():
                 self.A, self.rows = gram(a, self.A), self.rows + a.shape[1] * a.shape[2]
             else:
                 counts = block.counts(a)
@@ -234,6 +238,8 @@ def share_rows(feeds: dict[str, list[Any]], samples: list[Sample], factor: Tenso
         for sums in feeds[name]:
             if sums.rows_as == "reduced":
                 rows = [reduced(mine, n, name, first)]
+            elif sums.rows_as == "given" and all(s.use.gram is not None for s in mine):
+                rows = [(partial(s.input_gram, wide(s.g).dtype), wide(s.g)) for s in mine]
             else:
                 rows = [(wide(s.a), wide(s.g)) for s in mine]
                 rows = rows if sums.rows_as == "given" else [(by_example(a, n, name), by_example(g, n, name)) for a, g in rows]

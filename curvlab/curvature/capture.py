@@ -17,12 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from .conv_factors import conv_gram, output_gram, paddings, pays
+from .structured import gram
 from ..likelihood import FISHERS
 from ..objective import Closure, Evaluation
 
 # %% auto #0
-__all__ = ['CONVOLUTIONS', 'SUPPORTED', 'LayerBlock', 'layer_blocks', 'padded', 'slide', 'patches', 'patch_sum', 'input_rows',
-           'input_sum', 'output_rows', 'Use', 'Sample', 'stable_edge', 'watch', 'LayerCapture', 'sweep']
+__all__ = ['CONVOLUTIONS', 'SUPPORTED', 'EVERY', 'LayerBlock', 'layer_blocks', 'padded', 'slide', 'patches', 'patch_sum',
+           'input_rows', 'input_sum', 'input_gram', 'output_rows', 'Use', 'thinned', 'Sample', 'stable_edge', 'watch',
+           'LayerCapture', 'sweep']
 
 # %% ../../nbs/curvature/capture.ipynb #93b7e22b
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -92,11 +95,7 @@ def layer_blocks(model: nn.Module) -> list[LayerBlock]:
 # %% ../../nbs/curvature/capture.ipynb #d62c809a
 def padded(module: nn.Module, x: Tensor) -> Tensor:
     "The input of a convolution `(B, channels, *spatial)` with its padding written out."
-    if isinstance(module.padding, str):
-        total = [d * (s - 1) if module.padding == "same" else 0 for d, s in zip(module.dilation, module.kernel_size)]
-        pad = [p for t in reversed(total) for p in (t // 2, t - t // 2)]
-    else:
-        pad = [p for q in reversed(module.padding) for p in (q, q)]
+    pad = [p for pair in reversed(paddings(module)) for p in pair]
     return F.pad(x, pad, mode="constant" if module.padding_mode == "zeros" else module.padding_mode) if any(pad) else x
 
 
@@ -151,6 +150,19 @@ def input_sum(block: LayerBlock, module: nn.Module, x: Tensor) -> Tensor:
     return total if block.bias is None else F.pad(total, (0, 1), value=float(sites))
 
 
+def input_gram(block: LayerBlock, module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+    "`gram` of the `input_rows` of a convolution for which `pays` is true, `(groups, in [+ 1], in [+ 1])`, without making the rows."
+    x = x.to(dtype)
+    A = conv_gram(module, x)
+    if block.bias is None:
+        return A
+    n, border = A.shape[-1], input_sum(block, module, x.sum(0, keepdim=True))[:, 0]
+    A = F.pad(A, (0, 1, 0, 1))
+    A[:, n], A[:, :, n] = border, border
+    A[:, n, n] *= len(x)
+    return A
+
+
 def output_rows(module: nn.Module, g: Tensor) -> Tensor:
     "Output-gradients as rows `(groups, B, T, out / groups)`."
     if isinstance(module, nn.Linear):
@@ -164,7 +176,7 @@ class Use:
     """One application of a block in a forward pass.
 
     Attributes:
-        inputs: computes the input rows; sums: their sum over positions `(groups, B, in [+ 1])`, where there is a quicker way.
+        inputs: computes the input rows; sums: their sum over positions `(groups, B, in [+ 1])`, where there is a quicker way; gram: their Gram matrix in a given dtype, likewise.
         outputs: turns a gradient of the output into rows.
         shape: of the output.
         edge: where autograd delivers the output's gradient.
@@ -176,6 +188,7 @@ class Use:
     shape: torch.Size
     edge: Any
     sums: Callable[[], Tensor] | None = None
+    gram: Callable[[torch.dtype], Tensor] | None = None
     _rows: Tensor | None = None
 
     def a(self) -> Tensor:
@@ -183,6 +196,19 @@ class Use:
         if self._rows is None:
             self._rows = self.inputs()
         return self._rows
+
+# %% ../../nbs/curvature/capture.ipynb #fe022006
+EVERY = slice(None)
+
+
+def thinned(rows: Tensor, positions: slice, dtype: torch.dtype, before: Tensor | None = None, factor: Tensor | float | None = None) -> tuple[Tensor, Tensor | None, Tensor | float | None]:
+    "Arguments of `gram` for rows at some positions, weighted to stand for all of them; a layer with fewer positions than one stride keeps all."
+    T = rows.shape[2]
+    if T < (positions.step or 1) or positions == EVERY:
+        return rows.to(dtype), before, factor
+    kept = rows[:, :, positions].to(dtype)
+    share = T / kept.shape[2]
+    return kept, before, share if factor is None else factor * share
 
 
 @dataclass
@@ -207,6 +233,21 @@ class Sample:
     def a(self) -> Tensor:
         return self.use.a()
 
+    def input_gram(self, dtype: torch.dtype, before: Tensor | None = None, positions: slice = EVERY) -> Tensor:
+        """`before` (written into) plus the sum of `a a^T` over examples and positions, `(groups, in [+ 1], in [+ 1])`.
+
+        Args:
+            positions: estimate the sum from these; without effect where no rows are made, because there is a quicker way to the exact sum.
+        """
+        if self.use.gram is None:
+            return gram(*thinned(self.a, positions, dtype, before))
+        A = self.use.gram(dtype)
+        return A if before is None else before.add_(A)
+
+    def output_gram(self, dtype: torch.dtype, before: Tensor | None = None, factor: Tensor | float | None = None, positions: slice = EVERY) -> Tensor:
+        "`before` (written into) plus `factor` times the sum of `g g^T`, `(groups, out, out)`, estimated from some of the positions."
+        return output_gram(*thinned(self.g, positions, dtype, before, factor))
+
 # %% ../../nbs/curvature/capture.ipynb #b660c701
 def stable_edge(output: Tensor) -> tuple[Tensor, Any]:
     "The output (cloned where there is no other way) and a gradient edge that in-place operations downstream cannot bypass."
@@ -224,7 +265,8 @@ def watch(self: LayerBlock, record: Callable[[Use], None]) -> Iterator[None]:
         if isinstance(output, Tensor) and output.requires_grad:
             output, edge = stable_edge(output)
             x = (args[0] if args else kwargs["input"]).detach()
-            record(Use(self, partial(input_rows, self, module, x), partial(output_rows, module), output.shape, edge, partial(input_sum, self, module, x)))
+            quick = isinstance(module, CONVOLUTIONS) and x.ndim == len(module.kernel_size) + 2 and pays(module, x.shape)
+            record(Use(self, partial(input_rows, self, module, x), partial(output_rows, module), output.shape, edge, partial(input_sum, self, module, x), partial(input_gram, self, module, x) if quick else None))
             return output
 
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in self.modules]

@@ -30,9 +30,19 @@ class FactorSums:
         "`a`: `(groups, B, T, in)`, `g`: `(groups, B, T, out)`; inputs are the same for all cotangents of a forward pass."
         if first:
             self.A = gram(a, self.A)
-            self.rows += a.shape[1] * a.shape[2]
-            self.examples = self.examples + a.shape[1]
+            self._count(g)
         self.G = gram(g, self.G, 1 / weight)
+
+    def add_sample(self, s: Sample, dtype: torch.dtype, weight: float | Tensor, first: bool, positions: slice) -> None:
+        "The same from a captured sample, which makes no rows where there is a quicker way (convolutions); estimated from some of its positions."
+        if first:
+            self.A = s.input_gram(dtype, self.A, positions)
+            self._count(s.g)
+        self.G = s.output_gram(dtype, self.G, 1 / weight, positions)
+
+    def _count(self, g: Tensor) -> None:
+        self.rows += g.shape[1] * g.shape[2]
+        self.examples += g.shape[1]
 
     def add_cross(self, a: tuple[Tensor, Tensor], g: tuple[Tensor, Tensor], weight: float | Tensor, first: bool) -> None:
         "The same between two layers: `a[0] a[1]^T` and `g[0] g[1]^T`, summed over rows."
@@ -59,6 +69,7 @@ class KFAC(CurvatureOptimizer):
         damping_in: `"factored"` (Tikhonov on the factors with trace-norm `pi`; paper, section 6.3) or `"eigenbasis"` (exactly `A (x) G + lambda I`).
         structure: `"block-diagonal"`, or `"tridiagonal"` for a chain of linear layers used once each (paper, section 4.3).
         approximation: of weights applied at several positions: `"expand"` or `"reduce"`.
+        positions: estimate the factors of such weights from every `positions`-th position, other ones each time; input factors of most convolutions stay exact, since they need no rows.
         decay: of the running averages, `eps_k = min(1 - 1/k, decay)`: a plain average first, hence no bias.
         observe_every, refresh_every: steps between statistics, and between factorisations.
         kl_clip: bound on `lr^2 * d . g`, twice the approximate KL divergence of a step before momentum; `None` for the bare natural gradient.
@@ -72,16 +83,18 @@ class KFAC(CurvatureOptimizer):
     needs_closure = True
 
     def __init__(self, model: nn.Module, lr: float = 0.1, momentum: float = 0.9, damping: float = 1e-3, curvature: str = "fisher-mc", *, damping_in: str = "factored", structure: str = "block-diagonal",
-                 approximation: str = "expand", decay: float = 0.95, observe_every=1, refresh_every=10, kl_clip: float | None = 1e-3, **shared: Any):
+                 approximation: str = "expand", positions: int = 1, decay: float = 0.95, observe_every=1, refresh_every=10, kl_clip: float | None = 1e-3, **shared: Any):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}: K-FAC works on layers, so pass the module (parameter groups go into groups=[...])")
         require(curvature in FISHERS, "curvature", curvature, f"use one of {', '.join(FISHERS)}")
         require(damping_in in ("factored", "eigenbasis"), "damping_in", damping_in, "use 'factored' or 'eigenbasis'")
         require(structure in ("block-diagonal", "tridiagonal"), "structure", structure, "use 'block-diagonal' or 'tridiagonal'")
         require(approximation in ("expand", "reduce"), "approximation", approximation, "use 'expand' or 'reduce'")
+        require(isinstance(positions, int) and positions >= 1, "positions", positions, "use a positive integer; 1 for all positions")
+        require(positions == 1 or (approximation, structure) == ("expand", "block-diagonal"), "positions", positions, "leaving positions out is defined for approximation='expand' and structure='block-diagonal'")
         require(0 <= decay < 1, "decay", decay, "choose it in [0, 1)")
         require(structure == "block-diagonal" or damping_in == "factored", "damping_in", damping_in, "the tridiagonal structure damps its factors: use 'factored'")
-        self.curvature, self.damping_in, self.structure, self.approximation, self.decay = curvature, damping_in, structure, approximation, decay
+        self.curvature, self.damping_in, self.structure, self.approximation, self.positions, self.decay = curvature, damping_in, structure, approximation, positions, decay
         super().__init__(model, {"damping": damping}, lr=lr, momentum=momentum, observe_every=observe_every, refresh_every=refresh_every, kl_clip=kl_clip, **shared)
 
     def check_group(self, group):
@@ -112,12 +125,16 @@ def _collect(self: KFAC, samples: list[Sample], weight: float | Tensor, first: b
         rows = []
         uses: dict[str, int] = {}
         for s in samples:
-            dtype = wide(s.block.weight.dtype)
+            dtype, sums = wide(s.block.weight.dtype), self._sums.setdefault(s.block.name, FactorSums())
+            uses[s.block.name] = uses.get(s.block.name, 0) + 1
+            if self.approximation == "expand" and self.structure == "block-diagonal":
+                seen = self.state[s.block.weight].get("observed", 0)
+                sums.add_sample(s, dtype, weight, first, slice(seen % self.positions, None, self.positions))
+                continue
             a, g = s.a.to(dtype), s.g.to(dtype)
             if self.approximation == "reduce":
                 a, g = a.mean(2, keepdim=True), g.sum(2, keepdim=True)
-            self._sums.setdefault(s.block.name, FactorSums()).add(a, g, weight, first)
-            uses[s.block.name] = uses.get(s.block.name, 0) + 1
+            sums.add(a, g, weight, first)
             rows.append((s.block.name, a, g))
         self._uses.update(uses)
         if self.structure == "tridiagonal":
