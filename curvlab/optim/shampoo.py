@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from ..curvature.roots import METHODS, RIDGES, grouped, inverse_root
-from ..curvature.shaping import Blocks, blocks, mode_gram, mode_product
+from ..curvature.shaping import Blocks, add_mode_gram_, blocks, mode_product
+from ..curvature.symmetric import mirrored
 from .engine import CurvatureOptimizer, adam_direction, require, zeros_state
 
 # %% auto #0
-__all__ = ['GRAFTS', 'shaped', 'side_grams', 'side_root', 'graft_direction', 'with_norms_of', 'Shampoo', 'observe', 'accumulate',
+__all__ = ['GRAFTS', 'shaped', 'sides', 'side_root', 'graft_direction', 'with_norms_of', 'Shampoo', 'observe', 'accumulate',
            'refresh', 'factorise', 'stale', 'precondition', 'directions', 'direction']
 
 # %% ../../nbs/optim/shampoo.ipynb #229289ed
@@ -26,28 +27,31 @@ def shaped(p: Tensor, group: dict[str, Any]) -> Blocks:
     return blocks(tuple(p.shape), group["merge_dims"], group["block_size"])
 
 
-def side_grams(cut: Blocks, gradient: Tensor, max_dim: int | None) -> Iterator[tuple[str, Tensor]]:
-    "Names `gram.kind.mode` and Gram matrices `(K, n, n)`, diagonals `(K, n)` for sides longer than `max_dim`, of one gradient."
+def sides(cut: Blocks, gradient: Tensor, max_dim: int | None) -> Iterator[tuple[str, tuple[int, ...], Tensor, int]]:
+    "For each side of one gradient: its name `gram.kind.mode`, the shape of its statistics (`(K, n, n)`, or `(K, n)` if longer than `max_dim`), its stack of blocks, its mode."
     for kind, stack in enumerate(cut.split(gradient)):
         for mode in range(cut.order):
-            yield f"gram.{kind}.{mode}", mode_gram(stack, mode, diagonal=max_dim is not None and stack.shape[mode + 1] > max_dim)
+            n = stack.shape[mode + 1]
+            yield f"gram.{kind}.{mode}", (len(stack), n) if max_dim is not None and n > max_dim else (len(stack), n, n), stack, mode
 
 # %% ../../nbs/optim/shampoo.ipynb #0390ea07
 def side_root(H: Tensor, p: int, eps: float, method: str, ridge: str) -> Tensor:
     """`(H + ridge)**(-1/p)` of statistics: matrices `(K, n, n)` or diagonals `(K, n)`.
 
     Args:
-        H: positive semi-definite.
+        H: positive semi-definite; of matrices, the lower triangle is used.
         p: twice the order of the tensor.
         eps, ridge: size and unit of the ridge, see `curvlab.curvature.roots.ridge_size`.
-        method: `"eigh"` or `"newton"`, for matrices.
+        method: for matrices, `"eigh"` in the precision of `H`, or `"newton"` in float64.
     """
+    if H.ndim == 3:
+        H = mirrored(H)
     if ridge != "absolute":
         trace = (H if H.ndim == 2 else H.diagonal(dim1=-2, dim2=-1)).sum(-1)
         one = torch.ones_like(H) if H.ndim == 2 else torch.eye(H.shape[-1], dtype=H.dtype, device=H.device).expand_as(H)
         H = torch.where(trace.reshape(-1, *[1] * (H.ndim - 1)) > 0, H, one)
     if H.ndim == 3:
-        return inverse_root(H, p, eps, method, ridge=ridge)
+        return inverse_root(H, p, eps, method, ridge=ridge, dtype=H.dtype if method == "eigh" else torch.float64)
     unit = {"absolute": lambda: 1.0, "mean": lambda: H.mean(-1, keepdim=True), "max": lambda: H.amax(-1, keepdim=True)}[ridge]()
     return (H + eps * unit) ** (-1 / p)
 
@@ -97,9 +101,9 @@ class Shampoo(CurvatureOptimizer):
         observe_every: steps between statistics.
         **shared: see `CurvatureOptimizer`.
 
-    Statistics of half-precision parameters are float32; roots are computed in float64 and stored like the statistics.
+    Statistics of half-precision parameters are float32. Roots by `"eigh"` are computed in the precision of the statistics, with a relative error of at most about `4 u kappa / (2 k)` (machine epsilon `u`, condition number `kappa` after the ridge, order `k`), which is that of the statistics themselves; by `"newton"` in float64.
 
-    State of a parameter: `gram.kind.mode` and `root.kind.mode`, matrices `(K, n, n)` or diagonals `(K, n)` for `K` blocks of one kind; `observed` and `rooted`, the numbers of gradients in the statistics and in the roots.
+    State of a parameter: `gram.kind.mode` (of matrices, the lower triangle: see `curvlab.curvature.symmetric.mirrored`) and `root.kind.mode`, matrices `(K, n, n)` or diagonals `(K, n)` for `K` blocks of one kind; `observed` and `rooted`, the numbers of gradients in the statistics and in the roots.
 
     Raises:
         ValueError: an argument out of its range.
@@ -131,28 +135,28 @@ def observe(self: Shampoo, active) -> None:
 
 
 def accumulate(self: Shampoo, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-    "Add the Gram matrices of all sides of all gradients of a group."
-    old, new = [], []
+    "Add the Gram matrices of all sides of all gradients of a group, in place; gradients of a refused step are zero, and nothing decays."
+    decay, new = group["decay"], []
     for p, g in zip(params, grads):
         state = self.state[p]
         state["observed"] = state.get("observed", 0) + 1
-        for name, gram in side_grams(shaped(p, group), g, group["max_dim"]):
+        for name, shape, stack, mode in sides(shaped(p, group), g, group["max_dim"]):
             if name not in state:
-                state[name] = torch.zeros_like(gram)
-            old.append(state[name])
-            new.append(gram)
-    if group["decay"] is None:
-        torch._foreach_add_(old, new)
-    else:
-        self.average_(old, new, 1 - group["decay"])
+                state[name] = g.new_zeros(shape)
+            new.append((state[name], stack, mode))
+    if decay is not None:
+        keep = decay if self.finite is None else torch.where(self.finite, decay, 1.0)
+        torch._foreach_mul_([H for H, _, _ in new], keep)
+    for H, stack, mode in new:
+        add_mode_gram_(H, stack, mode, 1.0 if decay is None else 1 - decay)
 
 
 Shampoo.observe, Shampoo.accumulate = observe, accumulate
 
 # %% ../../nbs/optim/shampoo.ipynb #bb5f0fc3
 def refresh(self: Shampoo) -> None:
-    "Renew all roots."
-    self.factorise((g, p) for g in self.param_groups for p in g["params"] if g["precondition"] and p in self.state and "observed" in self.state[p])
+    "Renew all roots whose statistics have changed."
+    self.factorise((g, p) for g in self.param_groups for p in g["params"] if g["precondition"] and p in self.state and self.state[p].get("observed", 0) > self.state[p].get("rooted", 0))
 
 
 def factorise(self: Shampoo, pairs: Iterable[tuple[dict[str, Any], Tensor]]) -> None:
