@@ -26,20 +26,21 @@ def _checked(M: Tensor) -> None:
         raise ValueError(f"M has shape {tuple(M.shape)} and dtype {M.dtype}; pass real square matrices (..., n, n)")
 
 
-def eigendecomposition(M: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def eigendecomposition(M: Tensor, dtype: torch.dtype = torch.float64, lower: bool = False) -> tuple[Tensor, Tensor]:
     """Eigenvalues `(..., n)`, ascending, and eigenvectors `(..., n, n)` in columns, of symmetric matrices.
 
     Args:
         M: `(..., n, n)`; the symmetric part is used. A matrix with an entry that is not finite gets NaN eigenvalues.
         dtype: precision of the computation and of the results. Where LAPACK does not converge, float64 is tried before giving up.
+        lower: the lower triangle is used instead (see `curvlab.curvature.symmetric`); above the diagonal may be anything finite.
 
     Raises:
         ValueError: `M` is not a stack of real square matrices.
     """
     _checked(M)
     A = M.to(dtype)
-    A = (A + A.mT) / 2
-    finite = A.isfinite().all(-1).all(-1)
+    A = A if lower else (A + A.mT) / 2
+    finite = A.abs().amax((-1, -2)).isfinite()
     A = torch.where(finite[..., None, None], A, torch.eye(A.shape[-1], dtype=dtype, device=A.device))
     try:
         values, vectors = torch.linalg.eigh(A)
@@ -99,7 +100,7 @@ def ridge_size(M: Tensor, eps: float, ridge: str = "absolute", largest: Tensor |
 CLAMPS = ("floor", "pseudo")
 
 
-def power(M: Tensor, exponent: float, eps: float = 0.0, *, ridge: str = "absolute", clamp: str = "floor", dtype: torch.dtype = torch.float64) -> Tensor:
+def power(M: Tensor, exponent: float, eps: float = 0.0, *, ridge: str = "absolute", clamp: str = "floor", dtype: torch.dtype = torch.float64, lower: bool = False) -> Tensor:
     """`(M + eps I)**exponent` for symmetric positive semi-definite `M`, by eigendecomposition.
 
     Args:
@@ -108,13 +109,14 @@ def power(M: Tensor, exponent: float, eps: float = 0.0, *, ridge: str = "absolut
         eps, ridge: size and unit of the ridge, see `ridge_size`.
         clamp: what to do with eigenvalues below the resolution of `M`'s dtype (negative ones included): `"floor"` raises them to it if the ridge did not, `"pseudo"` sets their power to zero.
         dtype: precision of the computation; the result has the dtype of `M`.
+        lower: use the lower triangles of `M` only, see `eigendecomposition`.
 
     Raises:
         ValueError: `M` is not a stack of square matrices, `eps` is negative, or a policy is unknown.
     """
     if clamp not in CLAMPS:
         raise ValueError(f"clamp={clamp!r} is unknown; use one of {', '.join(CLAMPS)}")
-    values, vectors = eigendecomposition(M, dtype)
+    values, vectors = eigendecomposition(M, dtype, lower)
     smallest = resolution(M) * values[..., -1:]
     shift = ridge_size(M.to(dtype), eps, ridge, values[..., -1])[..., None]
     powers = (values + shift).maximum(smallest) ** exponent
@@ -168,7 +170,7 @@ METHODS = ("eigh", "newton")
 
 
 def inverse_root(
-    M: Tensor, p: float, eps: float = 0.0, method: str = "eigh", *, ridge: str = "absolute", clamp: str = "floor", dtype: torch.dtype = torch.float64, iterations: int | None = None
+    M: Tensor, p: float, eps: float = 0.0, method: str = "eigh", *, ridge: str = "absolute", clamp: str = "floor", dtype: torch.dtype = torch.float64, iterations: int | None = None, lower: bool = False
 ) -> Tensor:
     """`(M + eps I)**(-1/p)` for a stack of symmetric positive semi-definite matrices.
 
@@ -180,6 +182,7 @@ def inverse_root(
         clamp: see `power`. Newton's method knows no eigenvalues; there `"floor"` makes the ridge at least the resolution of `M`.
         dtype: precision of the computation.
         iterations: of Newton's method; default: enough for the ridge, see `newton_iterations`.
+        lower: use the lower triangles of `M` only, see `eigendecomposition`.
 
     Raises:
         ValueError: `p` is not positive (not a positive integer for `"newton"`), a policy or method is unknown, `"pseudo"` with `"newton"`.
@@ -189,11 +192,11 @@ def inverse_root(
     if not p > 0 or (method == "newton" and p != int(p)):
         raise ValueError(f"p={p!r} with method={method!r}: use p > 0, and an integer for 'newton'")
     if method == "eigh":
-        return power(M, -1 / p, eps, ridge=ridge, clamp=clamp, dtype=dtype)
+        return power(M, -1 / p, eps, ridge=ridge, clamp=clamp, dtype=dtype, lower=lower)
     if clamp != "floor":
         raise ValueError(f"clamp={clamp!r} needs eigenvalues; use 'floor' with method='newton'")
     _checked(M)
-    A = M.to(dtype)
+    A = mirrored(M.to(dtype)) if lower else M.to(dtype)
     largest = largest_eigenvalue(A)
     size = ridge_size(A, eps, ridge, largest).maximum(resolution(M) * largest)
     A = (A + A.mT) / 2 + size[..., None, None] * torch.eye(A.shape[-1], dtype=dtype, device=A.device)

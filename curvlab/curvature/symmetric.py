@@ -26,7 +26,7 @@ def _syrk(out: Tensor, M: Tensor, alpha: float) -> None:
 def add_gram_(out: Tensor, M: Tensor, alpha: float = 1.0) -> Tensor:
     """Add `alpha * M M^T` to the lower triangles of `out`, in place; returns `out`.
 
-    Above the diagonal, `out` is either left alone (CPU) or gets the same sum (elsewhere): use `mirrored` before reading it.
+    Above the diagonal, `out` is either left alone (CPU) or gets the same sum (elsewhere, and where a gradient of `M` is wanted): use `mirrored` before reading it.
 
     Args:
         out: `(K, n, n)`, contiguous, without gradient.
@@ -37,7 +37,7 @@ def add_gram_(out: Tensor, M: Tensor, alpha: float = 1.0) -> Tensor:
     """
     if out.ndim != 3 or M.ndim != 3 or out.shape != (*M.shape[:2], M.shape[1]) or out.dtype != M.dtype or not out.is_contiguous():
         raise ValueError(f"out has shape {tuple(out.shape)}, dtype {out.dtype} and strides {out.stride()}; M of shape {tuple(M.shape)} and dtype {M.dtype} needs a contiguous (K, n, n) of its own dtype")
-    if out.device.type != "cpu" or out.dtype not in SYRK or not M.numel():
+    if out.device.type != "cpu" or out.dtype not in SYRK or not M.numel() or M.requires_grad:
         return out.baddbmm_(M, M.mT, alpha=alpha)
     for one, rows in zip(out, M):
         _syrk(one, rows, alpha)
@@ -46,4 +46,5 @@ def add_gram_(out: Tensor, M: Tensor, alpha: float = 1.0) -> Tensor:
 
 def mirrored(M: Tensor) -> Tensor:
     "The symmetric matrices `(..., n, n)` whose lower triangles are those of `M`; a new tensor."
-    return M.tril() + M.tril(-1).mT
+    below = torch.ones(M.shape[-2:], dtype=torch.bool, device=M.device).tril()
+    return torch.where(below, M, M.mT)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..curvature.roots import METHODS, RIDGES, grouped, inverse_root
 from ..curvature.shaping import Blocks, add_mode_gram_, blocks, mode_product
-from ..curvature.symmetric import mirrored
 from .engine import CurvatureOptimizer, adam_direction, require, zeros_state
 
 # %% auto #0
@@ -44,14 +43,12 @@ def side_root(H: Tensor, p: int, eps: float, method: str, ridge: str) -> Tensor:
         eps, ridge: size and unit of the ridge, see `curvlab.curvature.roots.ridge_size`.
         method: for matrices, `"eigh"` in the precision of `H`, or `"newton"` in float64.
     """
-    if H.ndim == 3:
-        H = mirrored(H)
     if ridge != "absolute":
         trace = (H if H.ndim == 2 else H.diagonal(dim1=-2, dim2=-1)).sum(-1)
         one = torch.ones_like(H) if H.ndim == 2 else torch.eye(H.shape[-1], dtype=H.dtype, device=H.device).expand_as(H)
         H = torch.where(trace.reshape(-1, *[1] * (H.ndim - 1)) > 0, H, one)
     if H.ndim == 3:
-        return inverse_root(H, p, eps, method, ridge=ridge, dtype=H.dtype if method == "eigh" else torch.float64)
+        return inverse_root(H, p, eps, method, ridge=ridge, dtype=H.dtype if method == "eigh" else torch.float64, lower=True)
     unit = {"absolute": lambda: 1.0, "mean": lambda: H.mean(-1, keepdim=True), "max": lambda: H.amax(-1, keepdim=True)}[ridge]()
     return (H + eps * unit) ** (-1 / p)
 
@@ -101,7 +98,7 @@ class Shampoo(CurvatureOptimizer):
         observe_every: steps between statistics.
         **shared: see `CurvatureOptimizer`.
 
-    Statistics of half-precision parameters are float32. Roots by `"eigh"` are computed in the precision of the statistics, with a relative error of at most about `4 u kappa / (2 k)` (machine epsilon `u`, condition number `kappa` after the ridge, order `k`), which is that of the statistics themselves; by `"newton"` in float64.
+    Statistics of half-precision parameters are float32. Roots by `"eigh"` are computed in the precision of the statistics, with a relative error of about `4 u kappa / (2 k)` at most (machine epsilon `u`, condition number `kappa` after the ridge, order `k`); by `"newton"` in float64.
 
     State of a parameter: `gram.kind.mode` (of matrices, the lower triangle: see `curvlab.curvature.symmetric.mirrored`) and `root.kind.mode`, matrices `(K, n, n)` or diagonals `(K, n)` for `K` blocks of one kind; `observed` and `rooted`, the numbers of gradients in the statistics and in the roots.
 
