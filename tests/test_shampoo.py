@@ -244,7 +244,7 @@ def test_group_can_opt_out_and_options_can_differ():
     assert optimizer.state[model[2].weight]["gram.0.1"].shape == (1, 2, 2) and optimizer.state[model[2].weight]["gram.1.1"].shape == (1, 1, 1)
 
 
-@pytest.mark.parametrize("options", [{"eps": 0.0}, {"decay": 1.0}, {"root": "svd"}, {"ridge": "trace"}, {"graft": "lamb"}, {"block_size": 0}, {"max_dim": 0}, {"merge_dims": 0}, {"refresh_growth": 1.0}, {"graft_decay": 1.0}, {"graft_eps": -1.0}])
+@pytest.mark.parametrize("options", [{"eps": 0.0}, {"decay": 1.0}, {"root": "svd"}, {"root_dtype": torch.float16}, {"root_dtype": "float64"}, {"ridge": "trace"}, {"graft": "lamb"}, {"block_size": 0}, {"max_dim": 0}, {"merge_dims": 0}, {"refresh_growth": 1.0}, {"graft_decay": 1.0}, {"graft_eps": -1.0}])
 def test_bad_arguments_are_named(options):
     (name, _), = options.items()
     with pytest.raises(ValueError, match=name):
