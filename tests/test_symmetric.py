@@ -16,9 +16,9 @@ def random(*shape, dtype=torch.float64, seed=0):
 
 
 LAYOUTS = {
-    "rows": lambda dtype: random(2, 6, 9, dtype=dtype), "columns": lambda dtype: random(2, 9, 6, dtype=dtype).mT, "slice": lambda dtype: random(2, 6, 20, dtype=dtype)[..., 3:12],
-    "slice of columns": lambda dtype: random(2, 9, 20, dtype=dtype)[..., 3:9].mT, "every second": lambda dtype: random(2, 12, 18, dtype=dtype)[:, ::2, ::2], "one column": lambda dtype: random(2, 6, 1, dtype=dtype),
-    "one column of many": lambda dtype: random(2, 6, 7, dtype=dtype)[..., 3:4], "none": lambda dtype: random(2, 6, 0, dtype=dtype), "one row": lambda dtype: random(2, 1, 9, dtype=dtype),
+    "rows": lambda dtype: random(2, 70, 90, dtype=dtype), "columns": lambda dtype: random(2, 90, 70, dtype=dtype).mT, "slice": lambda dtype: random(2, 70, 200, dtype=dtype)[..., 30:120],
+    "slice of columns": lambda dtype: random(2, 90, 200, dtype=dtype)[..., 30:100].mT, "every second": lambda dtype: random(2, 140, 18, dtype=dtype)[:, ::2, ::2], "one column": lambda dtype: random(2, 70, 1, dtype=dtype),
+    "one column of many": lambda dtype: random(2, 70, 7, dtype=dtype)[..., 3:4], "none": lambda dtype: random(2, 70, 0, dtype=dtype), "one row": lambda dtype: random(2, 1, 9, dtype=dtype), "small": lambda dtype: random(2, 6, 9, dtype=dtype),
 }
 
 
@@ -30,7 +30,7 @@ def test_lower_triangle_gets_the_product(layout, dtype):
     out = before.clone()
     assert add_gram_(out, M, 0.3) is out
     expected = mirrored(before).double() + 0.3 * M.double() @ M.double().mT
-    tolerance = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 0.1}[dtype]
+    tolerance = {torch.float32: 1e-4, torch.float64: 1e-12, torch.bfloat16: 0.5}[dtype]
     assert (mirrored(out).double() - expected).abs().max() < tolerance
     assert M.shape[-1] == 0 or (mirrored(out) - mirrored(before)).abs().max() > 0.05
 

@@ -10,10 +10,11 @@ from scipy.linalg.blas import dsyrk, ssyrk
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['SYRK', 'add_gram_', 'mirrored']
+__all__ = ['SYRK', 'NARROW', 'add_gram_', 'mirrored']
 
 # %% ../../nbs/curvature/symmetric.ipynb #7d331fd4
 SYRK = {torch.float32: ssyrk, torch.float64: dsyrk}
+NARROW = 64  # rows below which the call costs more than the operations it saves
 
 
 def _syrk(out: Tensor, M: Tensor, alpha: float) -> None:
@@ -26,7 +27,7 @@ def _syrk(out: Tensor, M: Tensor, alpha: float) -> None:
 def add_gram_(out: Tensor, M: Tensor, alpha: float = 1.0) -> Tensor:
     """Add `alpha * M M^T` to the lower triangles of `out`, in place; returns `out`.
 
-    Above the diagonal, `out` is either left alone (CPU) or gets the same sum (elsewhere, and where a gradient of `M` is wanted): use `mirrored` before reading it.
+    Above the diagonal, `out` is either left alone (CPU) or gets the same sum (elsewhere, for small matrices, and where a gradient of `M` is wanted): use `mirrored` before reading it.
 
     Args:
         out: `(K, n, n)`, contiguous, without gradient.
@@ -37,7 +38,7 @@ def add_gram_(out: Tensor, M: Tensor, alpha: float = 1.0) -> Tensor:
     """
     if out.ndim != 3 or M.ndim != 3 or out.shape != (*M.shape[:2], M.shape[1]) or out.dtype != M.dtype or not out.is_contiguous():
         raise ValueError(f"out has shape {tuple(out.shape)}, dtype {out.dtype} and strides {out.stride()}; M of shape {tuple(M.shape)} and dtype {M.dtype} needs a contiguous (K, n, n) of its own dtype")
-    if out.device.type != "cpu" or out.dtype not in SYRK or not M.numel() or M.requires_grad:
+    if out.device.type != "cpu" or out.dtype not in SYRK or not M.numel() or M.requires_grad or M.shape[1] < NARROW:
         return out.baddbmm_(M, M.mT, alpha=alpha)
     for one, rows in zip(out, M):
         _syrk(one, rows, alpha)
