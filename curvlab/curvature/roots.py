@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .symmetric import add_gram_, mirrored
+
 # %% auto #0
 __all__ = ['RESOLUTION', 'RIDGES', 'CLAMPS', 'METHODS', 'eigendecomposition', 'resolution', 'largest_eigenvalue', 'ridge_size',
            'power', 'newton_iterations', 'NewtonRoot', 'newton_inverse_root', 'inverse_root', 'root_residual',
@@ -24,22 +26,28 @@ def _checked(M: Tensor) -> None:
         raise ValueError(f"M has shape {tuple(M.shape)} and dtype {M.dtype}; pass real square matrices (..., n, n)")
 
 
-def eigendecomposition(M: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def eigendecomposition(M: Tensor, dtype: torch.dtype = torch.float64, lower: bool = False) -> tuple[Tensor, Tensor]:
     """Eigenvalues `(..., n)`, ascending, and eigenvectors `(..., n, n)` in columns, of symmetric matrices.
 
     Args:
         M: `(..., n, n)`; the symmetric part is used. A matrix with an entry that is not finite gets NaN eigenvalues.
-        dtype: precision of the computation and of the results.
+        dtype: precision of the computation and of the results. Where LAPACK does not converge, float64 is tried before giving up.
+        lower: the lower triangle is used instead (see `curvlab.curvature.symmetric`); above the diagonal may be anything finite.
 
     Raises:
         ValueError: `M` is not a stack of real square matrices.
     """
     _checked(M)
     A = M.to(dtype)
-    A = (A + A.mT) / 2
-    finite = A.isfinite().all(-1).all(-1)
-    eye = torch.eye(A.shape[-1], dtype=dtype, device=A.device)
-    values, vectors = torch.linalg.eigh(torch.where(finite[..., None, None], A, eye))
+    A = A if lower else (A + A.mT) / 2
+    finite = A.abs().amax((-1, -2)).isfinite()
+    A = torch.where(finite[..., None, None], A, torch.eye(A.shape[-1], dtype=dtype, device=A.device))
+    try:
+        values, vectors = torch.linalg.eigh(A)
+    except torch.linalg.LinAlgError:
+        if dtype == torch.float64:
+            raise
+        values, vectors = (part.to(dtype) for part in torch.linalg.eigh(A.double()))
     return torch.where(finite[..., None], values, torch.nan), vectors
 
 # %% ../../nbs/curvature/roots.ipynb #1ae5418f
@@ -67,12 +75,13 @@ def largest_eigenvalue(M: Tensor, squarings: int = 6) -> Tensor:
 RIDGES = ("absolute", "mean", "max")
 
 
-def ridge_size(M: Tensor, eps: float, ridge: str = "absolute") -> Tensor:
+def ridge_size(M: Tensor, eps: float, ridge: str = "absolute", largest: Tensor | None = None) -> Tensor:
     """What a ridge adds to the diagonal of `M` `(..., n, n)`; shape `(...)`.
 
     Args:
         eps: size of the ridge, in the unit named by `ridge`.
-        ridge: `"absolute"`: 1; `"mean"`: the mean eigenvalue; `"max"`: the largest eigenvalue (see `largest_eigenvalue`).
+        ridge: `"absolute"`: 1; `"mean"`: the mean eigenvalue; `"max"`: the largest eigenvalue.
+        largest: the largest eigenvalues `(...)`, where the caller knows them; default `largest_eigenvalue(M)`, which is an upper bound.
 
     Raises:
         ValueError: `eps` is negative, or `ridge` is unknown.
@@ -83,13 +92,15 @@ def ridge_size(M: Tensor, eps: float, ridge: str = "absolute") -> Tensor:
         raise ValueError(f"ridge={ridge!r} is unknown; use one of {', '.join(RIDGES)}")
     if ridge == "absolute":
         return torch.full(M.shape[:-2], float(eps), dtype=M.dtype, device=M.device)
-    return eps * (largest_eigenvalue(M) if ridge == "max" else M.diagonal(dim1=-2, dim2=-1).mean(-1))
+    if ridge == "mean":
+        return eps * M.diagonal(dim1=-2, dim2=-1).mean(-1)
+    return eps * (largest_eigenvalue(M) if largest is None else largest)
 
 # %% ../../nbs/curvature/roots.ipynb #1b94178b
 CLAMPS = ("floor", "pseudo")
 
 
-def power(M: Tensor, exponent: float, eps: float = 0.0, *, ridge: str = "absolute", clamp: str = "floor", dtype: torch.dtype = torch.float64) -> Tensor:
+def power(M: Tensor, exponent: float, eps: float = 0.0, *, ridge: str = "absolute", clamp: str = "floor", dtype: torch.dtype = torch.float64, lower: bool = False) -> Tensor:
     """`(M + eps I)**exponent` for symmetric positive semi-definite `M`, by eigendecomposition.
 
     Args:
@@ -98,19 +109,21 @@ def power(M: Tensor, exponent: float, eps: float = 0.0, *, ridge: str = "absolut
         eps, ridge: size and unit of the ridge, see `ridge_size`.
         clamp: what to do with eigenvalues below the resolution of `M`'s dtype (negative ones included): `"floor"` raises them to it if the ridge did not, `"pseudo"` sets their power to zero.
         dtype: precision of the computation; the result has the dtype of `M`.
+        lower: use the lower triangles of `M` only, see `eigendecomposition`.
 
     Raises:
         ValueError: `M` is not a stack of square matrices, `eps` is negative, or a policy is unknown.
     """
     if clamp not in CLAMPS:
         raise ValueError(f"clamp={clamp!r} is unknown; use one of {', '.join(CLAMPS)}")
-    values, vectors = eigendecomposition(M, dtype)
+    values, vectors = eigendecomposition(M, dtype, lower)
     smallest = resolution(M) * values[..., -1:]
-    shift = ridge_size(M.to(dtype), eps, ridge)[..., None]
+    shift = ridge_size(M.to(dtype), eps, ridge, values[..., -1])[..., None]
     powers = (values + shift).maximum(smallest) ** exponent
     if clamp == "pseudo":
         powers = torch.where(values > smallest, powers, 0.0)
-    return ((vectors * powers.unsqueeze(-2)) @ vectors.mT).to(M.dtype)
+    B = (vectors * powers.sqrt().unsqueeze(-2)).reshape(-1, *M.shape[-2:])
+    return mirrored(add_gram_(torch.zeros(B.shape, dtype=dtype, device=B.device), B)).reshape(M.shape).to(M.dtype)
 
 # %% ../../nbs/curvature/roots.ipynb #c5ad12de
 def newton_iterations(n: int, p: int, eps: float, ridge: str, resolution: float) -> int:
@@ -126,18 +139,19 @@ class NewtonRoot(NamedTuple):
     error: Tensor
 
 
-def newton_inverse_root(A: Tensor, p: int, iterations: int, tolerance: float | None = None) -> NewtonRoot:
+def newton_inverse_root(A: Tensor, p: int, iterations: int, tolerance: float | None = None, largest: Tensor | None = None) -> NewtonRoot:
     """Inverse p-th root of positive definite matrices by the coupled Newton iteration (products only).
 
     Args:
         A: `(..., n, n)`, symmetric positive definite.
         p: positive integer.
-        iterations: number of iterations that are always run; see `newton_iterations`.
+        iterations: number of iterations that are run on an accelerator, and at most on the CPU; see `newton_iterations`.
         tolerance: a matrix is frozen when `|M_k - I|_F` is below it; default `n` times machine epsilon.
+        largest: upper bounds `(...)` on the largest eigenvalues, where the caller knows them; default `largest_eigenvalue(A)`.
     """
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     tolerance = A.shape[-1] * torch.finfo(A.dtype).eps if tolerance is None else tolerance
-    z = ((1 + p) / (2 * largest_eigenvalue(A)))[..., None, None]
+    z = ((1 + p) / (2 * (largest_eigenvalue(A) if largest is None else largest)))[..., None, None]
     X, M = z ** (1 / p) * eye, z * A
     error = torch.full_like(A[..., 0, 0], torch.inf)
     for _ in range(iterations):
@@ -145,6 +159,8 @@ def newton_inverse_root(A: Tensor, p: int, iterations: int, tolerance: float | N
         X_new, M_new = X @ T, torch.linalg.matrix_power(T, p) @ M
         e = torch.linalg.matrix_norm(M_new - eye)
         active = (error > tolerance) & (e < 1.2 * error)
+        if A.device.type == "cpu" and not active.any():
+            break
         error = torch.where(active, e, error)
         X, M = (torch.where(active[..., None, None], new, old) for new, old in ((X_new, X), (M_new, M)))
     return NewtonRoot((X + X.mT) / 2, error)
@@ -154,7 +170,7 @@ METHODS = ("eigh", "newton")
 
 
 def inverse_root(
-    M: Tensor, p: float, eps: float = 0.0, method: str = "eigh", *, ridge: str = "absolute", clamp: str = "floor", dtype: torch.dtype = torch.float64, iterations: int | None = None
+    M: Tensor, p: float, eps: float = 0.0, method: str = "eigh", *, ridge: str = "absolute", clamp: str = "floor", dtype: torch.dtype = torch.float64, iterations: int | None = None, lower: bool = False
 ) -> Tensor:
     """`(M + eps I)**(-1/p)` for a stack of symmetric positive semi-definite matrices.
 
@@ -166,6 +182,7 @@ def inverse_root(
         clamp: see `power`. Newton's method knows no eigenvalues; there `"floor"` makes the ridge at least the resolution of `M`.
         dtype: precision of the computation.
         iterations: of Newton's method; default: enough for the ridge, see `newton_iterations`.
+        lower: use the lower triangles of `M` only, see `eigendecomposition`.
 
     Raises:
         ValueError: `p` is not positive (not a positive integer for `"newton"`), a policy or method is unknown, `"pseudo"` with `"newton"`.
@@ -175,15 +192,16 @@ def inverse_root(
     if not p > 0 or (method == "newton" and p != int(p)):
         raise ValueError(f"p={p!r} with method={method!r}: use p > 0, and an integer for 'newton'")
     if method == "eigh":
-        return power(M, -1 / p, eps, ridge=ridge, clamp=clamp, dtype=dtype)
+        return power(M, -1 / p, eps, ridge=ridge, clamp=clamp, dtype=dtype, lower=lower)
     if clamp != "floor":
         raise ValueError(f"clamp={clamp!r} needs eigenvalues; use 'floor' with method='newton'")
     _checked(M)
-    A = M.to(dtype)
-    size = ridge_size(A, eps, ridge).maximum(ridge_size(A, resolution(M), "max"))
+    A = mirrored(M.to(dtype)) if lower else M.to(dtype)
+    largest = largest_eigenvalue(A)
+    size = ridge_size(A, eps, ridge, largest).maximum(resolution(M) * largest)
     A = (A + A.mT) / 2 + size[..., None, None] * torch.eye(A.shape[-1], dtype=dtype, device=A.device)
     steps = newton_iterations(A.shape[-1], int(p), eps, ridge, resolution(M)) if iterations is None else iterations
-    return newton_inverse_root(A, int(p), steps).root.to(M.dtype)
+    return newton_inverse_root(A, int(p), steps, largest=largest + size).root.to(M.dtype)
 
 
 def root_residual(root: Tensor, A: Tensor, p: int) -> Tensor:

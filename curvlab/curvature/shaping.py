@@ -12,8 +12,10 @@ from functools import lru_cache
 
 from torch import Tensor
 
+from .symmetric import add_gram_
+
 # %% auto #0
-__all__ = ['drop_ones', 'merge_dims', 'unfold', 'fold', 'mode_gram', 'mode_product', 'Blocks', 'blocks']
+__all__ = ['drop_ones', 'merge_dims', 'unfold', 'fold', 'mode_gram', 'add_mode_gram_', 'mode_product', 'Blocks', 'blocks']
 
 # %% ../../nbs/curvature/shaping.ipynb #333e3b9b
 def drop_ones(shape: Sequence[int]) -> tuple[int, ...]:
@@ -65,10 +67,21 @@ def mode_gram(stack: Tensor, mode: int, diagonal: bool = False) -> Tensor:
     return M.square().sum(-1) if diagonal else M @ M.mT
 
 
+def add_mode_gram_(out: Tensor, stack: Tensor, mode: int, alpha: float = 1.0) -> Tensor:
+    """Add `alpha` times the mode's Gram matrices to `out` `(K, n, n)`, or their diagonals to `out` `(K, n)`, in place; returns `out`.
+
+    Of matrices, only the lower triangle is meant: see `curvlab.curvature.symmetric`.
+    """
+    M = unfold(stack, mode)
+    return out.add_(M.square().sum(-1), alpha=alpha) if out.ndim == 2 else add_gram_(out, M, alpha)
+
+
 def mode_product(stack: Tensor, matrices: Tensor, mode: int) -> Tensor:
     "Multiply every fibre along a mode by its stack's matrix `(K, n, n)`, or by a diagonal one `(K, n)`; shape of `stack`."
     if matrices.ndim == 2:
         return stack * matrices.reshape(matrices.shape[0], *[-1 if i == mode else 1 for i in range(stack.ndim - 1)])
+    if mode == stack.ndim - 2:  # the rows of memory are the fibres: the result keeps the layout of the stack
+        return (stack.flatten(1, -2) @ matrices.mT).reshape(stack.shape) if mode else (matrices @ stack.unsqueeze(-1)).squeeze(-1)
     return fold(matrices @ unfold(stack, mode), mode, stack.shape[1:])
 
 # %% ../../nbs/curvature/shaping.ipynb #35c46117

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ..curvature.roots import METHODS, RIDGES, grouped, inverse_root
-from ..curvature.shaping import Blocks, blocks, mode_gram, mode_product
+from ..curvature.shaping import Blocks, add_mode_gram_, blocks, mode_product
 from .engine import CurvatureOptimizer, adam_direction, require, zeros_state
 
 # %% auto #0
-__all__ = ['GRAFTS', 'shaped', 'side_grams', 'side_root', 'graft_direction', 'with_norms_of', 'Shampoo', 'observe', 'accumulate',
+__all__ = ['GRAFTS', 'shaped', 'sides', 'side_root', 'graft_direction', 'with_norms_of', 'Shampoo', 'observe', 'accumulate',
            'refresh', 'factorise', 'stale', 'precondition', 'directions', 'direction']
 
 # %% ../../nbs/optim/shampoo.ipynb #229289ed
@@ -26,28 +26,30 @@ def shaped(p: Tensor, group: dict[str, Any]) -> Blocks:
     return blocks(tuple(p.shape), group["merge_dims"], group["block_size"])
 
 
-def side_grams(cut: Blocks, gradient: Tensor, max_dim: int | None) -> Iterator[tuple[str, Tensor]]:
-    "Names `gram.kind.mode` and Gram matrices `(K, n, n)`, diagonals `(K, n)` for sides longer than `max_dim`, of one gradient."
+def sides(cut: Blocks, gradient: Tensor, max_dim: int | None) -> Iterator[tuple[str, tuple[int, ...], Tensor, int]]:
+    "For each side of one gradient: its name `gram.kind.mode`, the shape of its statistics (`(K, n, n)`, or `(K, n)` if longer than `max_dim`), its stack of blocks, its mode."
     for kind, stack in enumerate(cut.split(gradient)):
         for mode in range(cut.order):
-            yield f"gram.{kind}.{mode}", mode_gram(stack, mode, diagonal=max_dim is not None and stack.shape[mode + 1] > max_dim)
+            n = stack.shape[mode + 1]
+            yield f"gram.{kind}.{mode}", (len(stack), n) if max_dim is not None and n > max_dim else (len(stack), n, n), stack, mode
 
 # %% ../../nbs/optim/shampoo.ipynb #0390ea07
-def side_root(H: Tensor, p: int, eps: float, method: str, ridge: str) -> Tensor:
+def side_root(H: Tensor, p: int, eps: float, method: str, ridge: str, dtype: torch.dtype | None = None) -> Tensor:
     """`(H + ridge)**(-1/p)` of statistics: matrices `(K, n, n)` or diagonals `(K, n)`.
 
     Args:
-        H: positive semi-definite.
+        H: positive semi-definite; of matrices, the lower triangle is used.
         p: twice the order of the tensor.
         eps, ridge: size and unit of the ridge, see `curvlab.curvature.roots.ridge_size`.
-        method: `"eigh"` or `"newton"`, for matrices.
+        method: for matrices, `"eigh"` or `"newton"`.
+        dtype: precision for matrices; default: that of `H` with `"eigh"`, float64 with `"newton"`.
     """
     if ridge != "absolute":
         trace = (H if H.ndim == 2 else H.diagonal(dim1=-2, dim2=-1)).sum(-1)
         one = torch.ones_like(H) if H.ndim == 2 else torch.eye(H.shape[-1], dtype=H.dtype, device=H.device).expand_as(H)
         H = torch.where(trace.reshape(-1, *[1] * (H.ndim - 1)) > 0, H, one)
     if H.ndim == 3:
-        return inverse_root(H, p, eps, method, ridge=ridge)
+        return inverse_root(H, p, eps, method, ridge=ridge, dtype=dtype or (H.dtype if method == "eigh" else torch.float64), lower=True)
     unit = {"absolute": lambda: 1.0, "mean": lambda: H.mean(-1, keepdim=True), "max": lambda: H.amax(-1, keepdim=True)}[ridge]()
     return (H + eps * unit) ** (-1 / p)
 
@@ -88,6 +90,7 @@ class Shampoo(CurvatureOptimizer):
         refresh_every: steps between roots (or a function of the step that says whether).
         refresh_growth: roots are also renewed when the number of gradients in the statistics has grown by this factor; `float("inf")`: after a parameter's first root, `refresh_every` alone decides.
         root: inverse roots by `"eigh"` or by coupled `"newton"` iterations (matrix products only).
+        root_dtype: precision of the roots' computation; default: that of the statistics with `"eigh"`, float64 with `"newton"`.
         ridge: `"absolute"` (paper), or `eps` relative to the `"mean"` or `"max"` eigenvalue: the choice for running averages, whose scale falls with the gradient's.
         graft: take the length of each parameter's step from `"sgd"`, `"adagrad"`, `"rmsprop"` or `"adam"`; `None` (paper) does not.
         graft_decay, graft_eps: of the squared gradients in the grafted method.
@@ -97,17 +100,17 @@ class Shampoo(CurvatureOptimizer):
         observe_every: steps between statistics.
         **shared: see `CurvatureOptimizer`.
 
-    Statistics of half-precision parameters are float32; roots are computed in float64 and stored like the statistics.
+    Statistics of half-precision parameters are float32. A root by `"eigh"` has a relative error of at most about `8 u kappa / (2 k)`: machine epsilon `u` of the computation, condition number `kappa` after the ridge (at most `1 + 1 / eps` with `ridge="max"`), order `k`.
 
-    State of a parameter: `gram.kind.mode` and `root.kind.mode`, matrices `(K, n, n)` or diagonals `(K, n)` for `K` blocks of one kind; `observed` and `rooted`, the numbers of gradients in the statistics and in the roots.
+    State of a parameter: `gram.kind.mode` (of matrices, the lower triangle: see `curvlab.curvature.symmetric.mirrored`) and `root.kind.mode`, matrices `(K, n, n)` or diagonals `(K, n)` for `K` blocks of one kind; `observed` and `rooted`, the numbers of gradients in the statistics and in the roots.
 
     Raises:
         ValueError: an argument out of its range.
     """
 
-    def __init__(self, params, lr: float = 0.1, momentum: float = 0.9, eps: float = 1e-4, *, decay: float | None = None, refresh_every: Any = 10, refresh_growth: float = 1.1, root: str = "eigh", ridge: str = "absolute", graft: str | None = None,
+    def __init__(self, params, lr: float = 0.1, momentum: float = 0.9, eps: float = 1e-4, *, decay: float | None = None, refresh_every: Any = 10, refresh_growth: float = 1.1, root: str = "eigh", root_dtype: torch.dtype | None = None, ridge: str = "absolute", graft: str | None = None,
                  graft_decay: float = 0.999, graft_eps: float = 1e-8, merge_dims: int | None = None, block_size: int | None = None, max_dim: int | None = 1200, **shared: Any):
-        own = dict(eps=eps, decay=decay, refresh_growth=refresh_growth, root=root, ridge=ridge, graft=graft, graft_decay=graft_decay, graft_eps=graft_eps, merge_dims=merge_dims, block_size=block_size, max_dim=max_dim)
+        own = dict(eps=eps, decay=decay, refresh_growth=refresh_growth, root=root, root_dtype=root_dtype, ridge=ridge, graft=graft, graft_decay=graft_decay, graft_eps=graft_eps, merge_dims=merge_dims, block_size=block_size, max_dim=max_dim)
         super().__init__(params, own, lr=lr, momentum=momentum, refresh_every=refresh_every, **shared)
 
     def check_group(self, group):
@@ -117,6 +120,7 @@ class Shampoo(CurvatureOptimizer):
         require(group["refresh_growth"] > 1, "refresh_growth", group["refresh_growth"], "a factor above 1")
         for name, known in (("root", METHODS), ("ridge", RIDGES), ("graft", GRAFTS)):
             require(group[name] in known, name, group[name], f"use one of {', '.join(map(repr, known))}")
+        require(group["root_dtype"] in (None, torch.float32, torch.float64), "root_dtype", group["root_dtype"], "use torch.float32, torch.float64 or None")
         require(0 <= group["graft_decay"] < 1, "graft_decay", group["graft_decay"], "choose it in [0, 1)")
         require(group["graft_eps"] >= 0, "graft_eps", group["graft_eps"], "it must be at least 0")
         for name in ("merge_dims", "block_size", "max_dim"):
@@ -131,35 +135,35 @@ def observe(self: Shampoo, active) -> None:
 
 
 def accumulate(self: Shampoo, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-    "Add the Gram matrices of all sides of all gradients of a group."
-    old, new = [], []
+    "Add the Gram matrices of all sides of all gradients of a group, in place; gradients of a refused step are zero, and nothing decays."
+    decay, new = group["decay"], []
     for p, g in zip(params, grads):
         state = self.state[p]
         state["observed"] = state.get("observed", 0) + 1
-        for name, gram in side_grams(shaped(p, group), g, group["max_dim"]):
+        for name, shape, stack, mode in sides(shaped(p, group), g, group["max_dim"]):
             if name not in state:
-                state[name] = torch.zeros_like(gram)
-            old.append(state[name])
-            new.append(gram)
-    if group["decay"] is None:
-        torch._foreach_add_(old, new)
-    else:
-        self.average_(old, new, 1 - group["decay"])
+                state[name] = g.new_zeros(shape)
+            new.append((state[name], stack, mode))
+    if decay is not None:
+        keep = decay if self.finite is None else torch.where(self.finite, decay, 1.0)
+        torch._foreach_mul_([H for H, _, _ in new], keep)
+    for H, stack, mode in new:
+        add_mode_gram_(H, stack, mode, 1.0 if decay is None else 1 - decay)
 
 
 Shampoo.observe, Shampoo.accumulate = observe, accumulate
 
 # %% ../../nbs/optim/shampoo.ipynb #bb5f0fc3
 def refresh(self: Shampoo) -> None:
-    "Renew all roots."
-    self.factorise((g, p) for g in self.param_groups for p in g["params"] if g["precondition"] and p in self.state and "observed" in self.state[p])
+    "Renew all roots whose statistics have changed."
+    self.factorise((g, p) for g in self.param_groups for p in g["params"] if g["precondition"] and p in self.state and self.state[p].get("observed", 0) > self.state[p].get("rooted", 0))
 
 
 def factorise(self: Shampoo, pairs: Iterable[tuple[dict[str, Any], Tensor]]) -> None:
     "Roots of all sides of the given parameters (with their groups)."
     jobs: dict[Any, list[tuple[dict, str, Tensor]]] = defaultdict(list)
     for group, p in pairs:
-        state, settings = self.state[p], (2 * shaped(p, group).order, group["eps"], group["root"], group["ridge"])
+        state, settings = self.state[p], (2 * shaped(p, group).order, group["eps"], group["root"], group["ridge"], group["root_dtype"])
         weight = 1.0 if group["decay"] is None else 1 - group["decay"] ** state["observed"]
         state["rooted"] = state["observed"]
         jobs[settings] += [(state, name, state[name] / weight) for name in state if name.startswith("gram.")]
