@@ -19,6 +19,7 @@ from .algebra import Operator, flat, unflat
 from .preconditioners import Preconditioned, preconditioner_of
 from ..likelihood import FISHERS
 from ..objective import Closure, Objective, bare
+from ..replay import RandomState
 
 # %% auto #0
 __all__ = ['log', 'counted', 'Batches', 'parameter_slots', 'outputs_of', 'push_forward', 'push_gradient', 'NetworkOperator',
@@ -85,7 +86,7 @@ class Batches:
 
     def _undisturbed(self) -> contextlib.AbstractContextManager:
         "Puts the global random numbers back at the end."
-        return torch.random.fork_rng(devices=sorted({p.device for p in self.objective.params if p.device.type != "cpu"}, key=str))
+        return RandomState(self.objective.params).replay()
 
 # %% ../../nbs/curvature/operators.ipynb #205dcc39
 def _pairs(self: Batches, disturb: bool = False) -> Iterator[tuple[Any, Tensor]]:
