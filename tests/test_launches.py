@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from fake_device import fake_device, no_host_reads
 from methods import HOST_DECISIONS, METHODS, build
 from torch import nn
 
@@ -89,6 +90,23 @@ def test_plain_steps_of_second_order_methods(name):
     """Between estimates AdaHessian is Adam; Shampoo applies its roots tensor by tensor: at most two products a weight, one a bias."""
     few, many = (counted(MAKERS[name], layers)["plain"][0] for layers in (2, 16))
     assert many - few <= {"AdaHessian": 0, "Shampoo": 14 * 3}[name]
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_masks_on_an_accelerator(name):
+    """Where a value cannot be read, a refused step is masked tensor by tensor: gradients, averages and moves, at most seven launches a tensor (a batched mask may lower this)."""
+    def own(layers):
+        with fake_device():
+            model = nn.Sequential(*[m for _ in range(layers) for m in (nn.Linear(6, 6), nn.Tanh())][:-1])
+            x, y = torch.zeros(9, 6), torch.zeros(9, dtype=torch.long)
+            optimizer, objective = MAKERS[name](model), Objective(model, nn.CrossEntropyLoss())
+            with no_host_reads():
+                optimizer.step(objective.at(x, y))
+                step = launches(lambda: optimizer.step(objective.at(x, y)))
+                return step.total() - launches(lambda: objective.at(x, y)()).total()
+
+    few, many = own(2), own(6)
+    assert (many - few) / (2 * 4) <= 7
 
 
 def test_a_loop_over_layers_is_seen():
