@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 
 # %% auto #0
@@ -42,7 +41,8 @@ class Estimate:
         "Ends of the interval that covers the truth with probability `level` (Student's distribution, entry by entry)."
         if not 0 < level < 1:
             raise ValueError(f"level={level!r} is no probability; use a number between 0 and 1, such as 0.95")
-        half = float(student.ppf((1 + level) / 2, self.degrees)) * self.standard_error
+        from scipy.special import stdtrit   # Student's quantile; here, since importing SciPy takes longer than importing all of this package
+        half = float(stdtrit(self.degrees, (1 + level) / 2)) * self.standard_error
         return self.value - half, self.value + half
 
 

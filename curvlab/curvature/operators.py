@@ -13,13 +13,13 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
 from .algebra import Operator, flat, unflat
 from .preconditioners import Preconditioned, preconditioner_of
 from ..likelihood import FISHERS
 from ..objective import Closure, Objective, bare
+from ..replay import RandomState
 
 # %% auto #0
 __all__ = ['log', 'counted', 'Batches', 'parameter_slots', 'outputs_of', 'push_forward', 'push_gradient', 'NetworkOperator',
@@ -86,14 +86,17 @@ class Batches:
 
     def _undisturbed(self) -> contextlib.AbstractContextManager:
         "Puts the global random numbers back at the end."
-        return torch.random.fork_rng(devices=sorted({p.device for p in self.objective.params if p.device.type != "cpu"}, key=str))
+        return RandomState(self.objective.params).replay()
 
 # %% ../../nbs/curvature/operators.ipynb #205dcc39
 def _pairs(self: Batches, disturb: bool = False) -> Iterator[tuple[Any, Tensor]]:
     "The loader's batches on the model's device; with `disturb` the loader may draw from the global random numbers, so that a shuffle shows."
     with contextlib.nullcontext() if disturb else self._undisturbed():
         batches = iter(self.loader)
-    for batch in track(batches, "batches", total=len(self.loader) if hasattr(self.loader, "__len__") else None, transient=True) if self.progress else batches:
+    if self.progress:
+        from rich.progress import track
+        batches = track(batches, "batches", total=len(self.loader) if hasattr(self.loader, "__len__") else None, transient=True)
+    for batch in batches:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
             raise TypeError(f"the loader yields a {type(batch).__name__}; each batch must be a pair (x, y) with a tensor y, e.g. through a collate_fn")
         yield _moved(batch[0], self.device), _moved(batch[1], self.device)
