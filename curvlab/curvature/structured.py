@@ -15,9 +15,34 @@ from torch import Tensor
 from .roots import eigendecomposition
 
 # %% auto #0
-__all__ = ['NARROW', 'spd_inverse', 'add_diagonal', 'gram', 'as_columns', 'Dense', 'Diagonal', 'pi_of', 'ratio_root', 'Kronecker',
-           'KroneckerEigen', 'KroneckerDiagonal', 'LowRankDiagonal', 'BlockDiagonal', 'KroneckerDifference',
-           'BlockTridiagonal']
+__all__ = ['LEAST', 'NARROW', 'STRIPS', 'other_library', 'dense', 'product', 'spd_inverse', 'add_diagonal', 'gram', 'as_columns',
+           'Dense', 'Diagonal', 'pi_of', 'ratio_root', 'Kronecker', 'KroneckerEigen', 'KroneckerDiagonal',
+           'LowRankDiagonal', 'BlockDiagonal', 'KroneckerDifference', 'BlockTridiagonal']
+
+# %% ../../nbs/curvature/structured.ipynb #80d3c594
+LEAST = 64  # sides below which a product is not worth another library's call
+
+
+def other_library(x: Tensor, y: Tensor) -> bool:
+    "Whether `x @ y`, for plain matrices, is left to oneDNN."
+    plain = type(x) is Tensor and type(y) is Tensor and x.dtype == y.dtype == torch.float32 and x.device.type == y.device.type == "cpu"
+    if not plain or min(*x.shape, *y.shape) < LEAST or torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+        return False
+    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def dense(x: Tensor) -> Tensor:
+    "`x` itself where its entries, or those of its transpose, follow each other in memory, else a copy: on anything else oneDNN is slow."
+    return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
+
+
+def product(x: Tensor, y: Tensor) -> Tensor:
+    "`x @ y` for `(..., m, k)` and `(..., k, n)`, by the faster library."
+    if x.ndim == y.ndim > 2 and x.shape[:-2].numel() == y.shape[:-2].numel() == 1:
+        return product(x.flatten(0, -2), y.flatten(0, -2)).view(*x.shape[:-1], y.shape[-1])
+    if x.ndim == y.ndim == 2 and x.shape[1] == y.shape[0] and other_library(x, y):
+        return torch.ops.mkldnn._linear_pointwise(dense(x), dense(y.mT), None, "none", [], "")
+    return x @ y
 
 # %% ../../nbs/curvature/structured.ipynb #f698b8f5
 def spd_inverse(M: Tensor) -> Tensor:
@@ -26,12 +51,13 @@ def spd_inverse(M: Tensor) -> Tensor:
     A matrix that is numerically indefinite is inverted with its diagonal raised by the size of its rounding error (once, at 1e3 * eps * trace); a matrix that is not finite gives NaN.
     """
     L, info = torch.linalg.cholesky_ex(M)
-    raised = M + torch.diag_embed((1e3 * torch.finfo(M.dtype).eps * M.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)).expand(M.shape[:-1]))
+    if M.device.type == "cpu" and not info.any():  # nothing failed: reading this costs nothing here, and would stall an accelerator
+        return torch.cholesky_inverse(L)
+    raised = add_diagonal(M, 1e3 * torch.finfo(M.dtype).eps * M.diagonal(dim1=-2, dim2=-1).sum(-1))
     L2, info2 = torch.linalg.cholesky_ex(raised)
     L = torch.where((info == 0)[..., None, None], L, L2)
     bad = ((info != 0) & (info2 != 0))[..., None, None]
-    safe = torch.where(bad, torch.nan, L)
-    return torch.cholesky_inverse(safe)
+    return torch.cholesky_inverse(torch.where(bad, torch.nan, L))
 
 
 def add_diagonal(M: Tensor, value: Tensor | float) -> Tensor:
@@ -42,29 +68,29 @@ def add_diagonal(M: Tensor, value: Tensor | float) -> Tensor:
     return out
 
 # %% ../../nbs/curvature/structured.ipynb #cf54e15a
-NARROW = 256  # columns below which a symmetric product is not cut any further
-
-
-def _add_symmetric(out: Tensor, s: Tensor, r: Tensor, beta: float) -> None:
-    "`out <- beta * out + s^T r`, known to be symmetric, for rows `(N, d)`; with `beta=0` what was in `out` does not matter."
-    d = out.shape[0]
-    if d <= NARROW:
-        out.addmm_(s.mT, r, beta=beta)
-        return
-    h = d // 2
-    _add_symmetric(out[:h, :h], s[:, :h], r[:, :h], beta)
-    _add_symmetric(out[h:, h:], s[:, h:], r[:, h:], beta)
-    out[:h, h:] = out[h:, :h].addmm_(s[:, h:].mT, r[:, :h], beta=beta).mT
+NARROW = 256  # columns up to which a symmetric product is not cut
+STRIPS = 4
 
 
 def gram(rows: Tensor, before: Tensor | None = None, factor: Tensor | float | None = None) -> Tensor:
     "`before + factor * sum of r r^T` over rows `(groups, B, T, d)`: `(groups, d, d)`; `before` is symmetric and is written into."
     r = rows.flatten(1, 2)
+    d = r.shape[-1]
     s = r if factor is None else r * factor
     if len(r) > 1:
         return torch.bmm(s.mT, r) if before is None else before.baddbmm_(s.mT, r)
-    out = r.new_empty(1, r.shape[-1], r.shape[-1]) if before is None else before
-    _add_symmetric(out[0], s[0], r[0], 0.0 if before is None else 1.0)
+    if d <= NARROW:
+        new = product(s.mT, r)
+        return new if before is None else before.add_(new)
+    out = r.new_empty(1, d, d) if before is None else before
+    left = s[0].mT.contiguous()  # the columns of a strip follow each other
+    right = left if s is r else r[0].mT.contiguous()
+    ends = [d * i // STRIPS for i in range(STRIPS + 1)]
+    for a, b in zip(ends, ends[1:]):
+        new = product(left[a:], right[a:b].mT)
+        below = out[0, a:, a:b]
+        below.copy_(new) if before is None else below.add_(new)
+        out[0, a:b, b:] = below[b - a :].mT
     return out
 
 # %% ../../nbs/curvature/structured.ipynb #4fcebc86
@@ -183,7 +209,7 @@ class Kronecker:
     G: Tensor
 
     def __matmul__(self, V: Tensor) -> Tensor:
-        return self.G @ V @ self.A
+        return product(product(self.G, V), self.A)
 
     def damped(self, lam: Tensor | float, pi: Tensor | None = None) -> Kronecker:
         "Factored damping with `pi` from the traces (or given); contains `lam` and cross terms, so it is larger than exact damping."
