@@ -15,7 +15,7 @@ from torch import Tensor
 from .roots import eigendecomposition
 
 # %% auto #0
-__all__ = ['LEAST', 'NARROW', 'STRIPS', 'other_library', 'dense', 'product', 'spd_inverse', 'add_diagonal', 'gram', 'as_columns',
+__all__ = ['LEAST', 'NARROW', 'STRIP', 'other_library', 'dense', 'product', 'spd_inverse', 'add_diagonal', 'gram', 'as_columns',
            'Dense', 'Diagonal', 'pi_of', 'ratio_root', 'Kronecker', 'KroneckerEigen', 'KroneckerDiagonal',
            'LowRankDiagonal', 'BlockDiagonal', 'KroneckerDifference', 'BlockTridiagonal']
 
@@ -69,25 +69,22 @@ def add_diagonal(M: Tensor, value: Tensor | float) -> Tensor:
 
 # %% ../../nbs/curvature/structured.ipynb #cf54e15a
 NARROW = 256  # columns up to which a symmetric product is not cut
-STRIPS = 4
+STRIP = 128  # columns of a strip
 
 
 def gram(rows: Tensor, before: Tensor | None = None, factor: Tensor | float | None = None) -> Tensor:
     "`before + factor * sum of r r^T` over rows `(groups, B, T, d)`: `(groups, d, d)`; `before` is symmetric and is written into."
     r = rows.flatten(1, 2)
-    d = r.shape[-1]
-    s = r if factor is None else r * factor
-    if len(r) > 1:
-        return torch.bmm(s.mT, r) if before is None else before.baddbmm_(s.mT, r)
-    if d <= NARROW:
-        new = product(s.mT, r)
+    groups, _, d = r.shape
+    scaled = (lambda M: M) if factor is None else (lambda M: M.mul_(factor))
+    if groups > 1 or d <= NARROW:
+        new = scaled(product(r.mT, r))
         return new if before is None else before.add_(new)
     out = r.new_empty(1, d, d) if before is None else before
-    left = s[0].mT.contiguous()  # the columns of a strip follow each other
-    right = left if s is r else r[0].mT.contiguous()
-    ends = [d * i // STRIPS for i in range(STRIPS + 1)]
-    for a, b in zip(ends, ends[1:]):
-        new = product(left[a:], right[a:b].mT)
+    columns = r[0].mT.contiguous()  # a strip of these is a matrix of its own
+    for a in range(0, d, STRIP):
+        b = min(a + STRIP, d)
+        new = scaled(product(columns[a:], columns[a:b].mT))
         below = out[0, a:, a:b]
         below.copy_(new) if before is None else below.add_(new)
         out[0, a:b, b:] = below[b - a :].mT
