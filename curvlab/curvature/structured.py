@@ -10,17 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from scipy.linalg import get_lapack_funcs
 from torch import Tensor
 
 from .roots import eigendecomposition
 
 # %% auto #0
-__all__ = ['LEAST', 'NARROW', 'STRIP', 'other_library', 'dense', 'product', 'spd_inverse', 'add_diagonal', 'gram', 'as_columns',
-           'Dense', 'Diagonal', 'pi_of', 'ratio_root', 'Kronecker', 'KroneckerEigen', 'KroneckerDiagonal',
+__all__ = ['LEAST', 'NARROW', 'STRIP', 'other_library', 'dense', 'product', 'host_inverse', 'spd_inverse', 'add_diagonal', 'gram',
+           'as_columns', 'Dense', 'Diagonal', 'pi_of', 'ratio_root', 'Kronecker', 'KroneckerEigen', 'KroneckerDiagonal',
            'LowRankDiagonal', 'BlockDiagonal', 'KroneckerDifference', 'BlockTridiagonal']
 
 # %% ../../nbs/curvature/structured.ipynb #80d3c594
-LEAST = 64  # sides below which a product is not worth another library's call
+LEAST = 64  # sides below which another library's call costs more than it saves
 
 
 def other_library(x: Tensor, y: Tensor) -> bool:
@@ -45,14 +46,30 @@ def product(x: Tensor, y: Tensor) -> Tensor:
     return x @ y
 
 # %% ../../nbs/curvature/structured.ipynb #f698b8f5
+def host_inverse(M: Tensor) -> Tensor | None:
+    "Inverse of one symmetric positive definite matrix by SciPy's LAPACK; `None` if it is not numerically definite."
+    potrf, potri = get_lapack_funcs(("potrf", "potri"), dtype=M.numpy().dtype)
+    L, failed = potrf(M.numpy().T, lower=True, clean=True)  # a symmetric matrix is its own transpose, which is in the order LAPACK wants
+    if failed:
+        return None
+    inverse = torch.from_numpy(potri(L, lower=True, overwrite_c=True)[0].T)
+    for a in range(0, len(inverse), LEAST):  # what is below the diagonal is still missing
+        b = a + LEAST
+        inverse[b:, a:b] = inverse[a:b, b:].mT
+        inverse[a:b, a:b] += inverse[a:b, a:b].triu(1).mT
+    return inverse
+
+
 def spd_inverse(M: Tensor) -> Tensor:
     """Inverse of symmetric positive definite `M` `(..., n, n)`; half precision is computed in float32.
 
     A matrix that is numerically indefinite is inverted with its diagonal raised by the size of its rounding error (once, at 1e3 * eps * trace); a matrix that is not finite gives NaN.
     """
+    if M.device.type == "cpu" and M.dtype in (torch.float32, torch.float64) and M.shape[-1] >= LEAST and not M.requires_grad:
+        inverses = [host_inverse(m) for m in M.reshape(-1, *M.shape[-2:])]
+        if not any(m is None for m in inverses):
+            return (inverses[0] if len(inverses) == 1 else torch.stack(inverses)).view(M.shape)
     L, info = torch.linalg.cholesky_ex(M)
-    if M.device.type == "cpu" and not info.any():  # nothing failed: reading this costs nothing here, and would stall an accelerator
-        return torch.cholesky_inverse(L)
     raised = add_diagonal(M, 1e3 * torch.finfo(M.dtype).eps * M.diagonal(dim1=-2, dim2=-1).sum(-1))
     L2, info2 = torch.linalg.cholesky_ex(raised)
     L = torch.where((info == 0)[..., None, None], L, L2)

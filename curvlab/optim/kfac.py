@@ -165,7 +165,7 @@ def _store(self: KFAC, block: LayerBlock, **tensors: Tensor) -> None:
     for name, new in tensors.items():
         if name not in state:
             state[name] = torch.zeros_like(new)
-        torch.where(new.isfinite().all(), new, state[name], out=state[name])
+        torch.where(new.sum().isfinite(), new, state[name], out=state[name])  # a sum is not finite if a term is not
 
 
 def refresh(self: KFAC) -> None:
