@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curvlab.curvature.structured import LEAST, NARROW, gram, product, spd_inverse
+from curvlab.curvature.structured import KEPT, LEAST, NARROW, gram, product, spd_inverse, transposed
 
 
 @settings(deadline=None, max_examples=25)
@@ -64,3 +64,19 @@ def test_spd_inverse_of_what_has_none(n):
     out = spd_inverse(torch.stack([well, broken, -well]))
     torch.testing.assert_close(out[0], torch.linalg.inv(well), rtol=1e-3, atol=1e-3)
     assert out[1].isnan().any() and out[2].isnan().any()
+
+
+def test_kept_memory_is_reused_and_results_are_not_in_it():
+    first, second = torch.randn(1, 4, 90, 300), torch.randn(1, 4, 70, 280)
+    one = gram(first)
+    copy = one.clone()
+    gram(second)
+    assert torch.equal(one, copy)
+    a = transposed(first[0, 0])
+    assert torch.equal(a, first[0, 0].mT) and transposed(second[0, 0]).data_ptr() == a.data_ptr()
+    assert torch.equal(transposed(first[0, 0].double()), first[0, 0].mT.double())
+    with torch.inference_mode():
+        gram(first)
+    torch.testing.assert_close(gram(first), copy)
+    wide = torch.zeros(2, KEPT // 2 + 1)
+    assert transposed(wide).data_ptr() != transposed(first[0, 0]).data_ptr()

@@ -5,6 +5,7 @@
 # %% ../../nbs/curvature/structured.ipynb #dfc45be8
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,10 @@ from torch import Tensor
 from .roots import eigendecomposition
 
 # %% auto #0
-__all__ = ['LEAST', 'NARROW', 'STRIP', 'other_library', 'dense', 'product', 'host_inverse', 'spd_inverse', 'add_diagonal', 'gram',
-           'as_columns', 'Dense', 'Diagonal', 'pi_of', 'ratio_root', 'Kronecker', 'KroneckerEigen', 'KroneckerDiagonal',
-           'LowRankDiagonal', 'BlockDiagonal', 'KroneckerDifference', 'BlockTridiagonal']
+__all__ = ['LEAST', 'NARROW', 'STRIP', 'KEPT', 'scratch', 'other_library', 'dense', 'product', 'host_inverse', 'spd_inverse',
+           'add_diagonal', 'transposed', 'gram', 'as_columns', 'Dense', 'Diagonal', 'pi_of', 'ratio_root', 'Kronecker',
+           'KroneckerEigen', 'KroneckerDiagonal', 'LowRankDiagonal', 'BlockDiagonal', 'KroneckerDifference',
+           'BlockTridiagonal']
 
 # %% ../../nbs/curvature/structured.ipynb #80d3c594
 LEAST = 64  # sides below which another library's call costs more than it saves
@@ -89,6 +91,21 @@ NARROW = 256  # columns up to which a symmetric product is not cut
 STRIP = 128  # columns of a strip
 
 
+KEPT = 2**22  # numbers up to which the memory of a transposed matrix is kept
+scratch = threading.local()
+
+
+def transposed(r: Tensor) -> Tensor:
+    "`r^T` with its own rows one after the other, good until the next call in this thread. On a processor large memory that is given back comes anew each time, page by page, so it is kept."
+    if r.device.type != "cpu" or r.numel() > KEPT or r.requires_grad or torch.is_inference_mode_enabled():
+        return r.mT.contiguous()
+    memory = getattr(scratch, str(r.dtype), None)
+    if memory is None or len(memory) < r.numel():
+        memory = torch.empty(r.numel(), dtype=r.dtype)
+        setattr(scratch, str(r.dtype), memory)
+    return memory[: r.numel()].view(r.shape[1], r.shape[0]).copy_(r.mT)
+
+
 def gram(rows: Tensor, before: Tensor | None = None, factor: Tensor | float | None = None) -> Tensor:
     "`before + factor * sum of r r^T` over rows `(groups, B, T, d)`: `(groups, d, d)`; `before` is symmetric and is written into."
     r = rows.flatten(1, 2)
@@ -98,7 +115,7 @@ def gram(rows: Tensor, before: Tensor | None = None, factor: Tensor | float | No
         new = scaled(product(r.mT, r))
         return new if before is None else before.add_(new)
     out = r.new_empty(1, d, d) if before is None else before
-    columns = r[0].mT.contiguous()  # a strip of these is a matrix of its own
+    columns = transposed(r[0])  # a strip of these is a matrix of its own
     for a in range(0, d, STRIP):
         b = min(a + STRIP, d)
         new = scaled(product(columns[a:], columns[a:b].mT))
