@@ -205,6 +205,18 @@ def test_large_float64_gradient_is_finite():
         optimizer.step()
 
 
+def test_a_sum_that_overflows_is_no_refusal():
+    p = nn.Parameter(torch.ones(5))
+    optimizer = SGD([p], lr=1e-38)
+    p.grad = torch.full_like(p, 2e38)
+    assert not p.grad.sum().isfinite()
+    optimizer.step()
+    assert (p < 0).all()
+    p.grad = torch.tensor([1.0, float("inf"), -float("inf"), 0.0, 0.0])
+    with pytest.raises(NonFiniteError, match="gradient"):
+        optimizer.step()
+
+
 class Masked(Adam):
     """Adam which believes that its tensors are on an accelerator, where a refusal is a mask."""
 
