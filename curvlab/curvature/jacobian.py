@@ -77,25 +77,25 @@ class Jacobian(NetworkOperator):
 
 # %% ../../nbs/curvature/jacobian.ipynb #2ab74b85
 def _matmat(self: Jacobian, V: Tensor) -> Tensor:
-    rows, parts = V.mT.contiguous(), []
+    vs, parts = unflat(V, self.params), []
     for _, closure in self.data:
         for part, graph in enumerate(closure._graphs()):
             self._rows(graph, part, closure)
             multiply = lambda vs, batched: [self.push(closure, part, graph, vs, batched)]
-            parts.append(self.in_slices(closure, part, multiply, rows, [graph.evaluation.outputs]))
-        self.objective.cost.ggnvp += closure.size * len(rows)
+            parts.append(self.in_slices(closure, part, multiply, vs, [graph.evaluation.outputs]))
+        self.objective.cost.ggnvp += closure.size * V.shape[1]
     return torch.cat(parts, 1).mT.to(V.dtype)
 
 
 def _rmatmat(self: Jacobian, U: Tensor) -> Tensor:
-    rows, start, total = U.mT.contiguous(), 0, None
+    start, total = 0, None
     for _, closure in self.data:
         for part, graph in enumerate(closure._graphs()):
             outputs, stop = graph.evaluation.outputs, start + self._rows(graph, part, closure)
             multiply = lambda us, batched: self.pull(graph, us[0], batched)
-            new = self.in_slices(closure, part, multiply, rows[:, start:stop], self.params, [outputs])
+            new = self.in_slices(closure, part, multiply, unflat(U[start:stop], [outputs]), self.params)
             start, total = stop, new if total is None else total.add_(new)
-        self.objective.cost.backward += closure.size * len(rows)
+        self.objective.cost.backward += closure.size * U.shape[1]
     return total.mT.to(U.dtype)
 
 

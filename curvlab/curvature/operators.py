@@ -211,15 +211,15 @@ class NetworkOperator(Operator):
         return share
 
 # %% ../../nbs/curvature/operators.ipynb #fae7984f
-def product(self: NetworkOperator, rows: Tensor) -> Tensor:
-    "Products with the rows `(K, n)`, as rows; the data are read once."
+def product(self: NetworkOperator, vs: list[Tensor]) -> Tensor:
+    "Products with `K` vectors, one tensor `(K, *p.shape)` a parameter, as rows `(K, n)`; the data are read once."
     total = None
     for share, closure in self.data:
         local = None
         for part, graph in enumerate(closure._graphs()):
-            new = self.in_slices(closure, part, self.on_graph(closure, part, graph), rows, self.params)
+            new = self.in_slices(closure, part, self.on_graph(closure, part, graph), vs, self.params)
             local = new if local is None else local.add_(new)
-        setattr(self.objective.cost, self.cost, getattr(self.objective.cost, self.cost) + closure.size * len(rows))
+        setattr(self.objective.cost, self.cost, getattr(self.objective.cost, self.cost) + closure.size * len(vs[0]))
         closure.mean_([local])
         if self.data.closure is None or self.scale(share) != 1.0:
             local.mul_(self.scale(share))
@@ -281,41 +281,43 @@ def _columns(self: NetworkOperator, closure: Closure, part: int) -> int:
     return self._width
 
 
-def in_slices(self: NetworkOperator, closure: Closure, part: int, multiply: Callable[[list[Tensor], bool], Sequence[Tensor | None]], rows: Tensor, like: Sequence[Tensor], of: Sequence[Tensor] | None = None) -> Tensor:
-    """A linear map applied to rows `(K, m)`, a slice at a time, or row by row where the model has no batching rule.
+def in_slices(self: NetworkOperator, closure: Closure, part: int, multiply: Callable[[list[Tensor], bool], Sequence[Tensor | None]], vs: list[Tensor], like: Sequence[Tensor]) -> Tensor:
+    """A linear map applied to `K` vectors, a slice at a time, or one by one where the model has no batching rule.
 
     Args:
-        multiply: from tensors shaped like `of` (default: the parameters), with a leading dimension if its second argument is true, to tensors shaped like `like`, with the same (`None`: zero).
+        multiply: from a list of tensors to one tensor (`None`: zero) for each of `like`, all with a leading dimension if its second argument is true.
+        vs: the vectors, every tensor with a leading dimension `K`.
 
-    Returns: rows `(K, n)`.
+    Returns: rows `(K, n)`, the results side by side.
     """
-    of, sizes = self.params if of is None else of, [t.numel() for t in like]
-    out = torch.empty(len(rows), sum(sizes), dtype=reduce(torch.promote_types, {t.dtype for t in like}), device=rows.device)
+    K, sizes = len(vs[0]), [t.numel() for t in like]
+    out = torch.empty(K, sum(sizes), dtype=reduce(torch.promote_types, {t.dtype for t in like}), device=vs[0].device)
 
-    def fill(v: Tensor, place: Tensor) -> None:
-        found = multiply(unflat(v.mT if v.ndim == 2 else v, of), v.ndim == 2)
-        for t, shape, target in zip(found, like, place.split(sizes, -1)):
-            target.zero_() if t is None else target.view(v.shape[:-1] + shape.shape).copy_(t.detach())
+    def fill(which: slice | int) -> None:
+        place, batched = out[which], isinstance(which, slice)
+        for t, shape, target in zip(multiply([v[which] for v in vs], batched), like, place.split(sizes, -1)):
+            target.zero_() if t is None else target.view(place.shape[:-1] + shape.shape).copy_(t.detach())
 
-    width = self._columns(closure, part) if self._batched and len(rows) > 1 else 1
-    pieces = -(-len(rows) // width)
-    for v, place in zip(rows.tensor_split(pieces), out.tensor_split(pieces)):
-        if len(v) > 1 and self._batched:
+    width = self._columns(closure, part) if self._batched and K > 1 else 1
+    pieces = -(-K // width)
+    edges = [K * i // pieces for i in range(pieces + 1)]
+    for start, stop in zip(edges, edges[1:]):
+        if stop - start > 1 and self._batched:
             try:
-                fill(v, place)
+                fill(slice(start, stop))
                 continue
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 log.warning("%s: the model cannot be differentiated for several vectors at once (%s); multiplying one by one", type(self).__name__, str(error).splitlines()[0])
                 self._batched = False
-        for one, its in zip(v, place):
-            fill(one, its)
+        for k in range(start, stop):
+            fill(k)
     return out
 
 
 def _matmat(self: NetworkOperator, V: Tensor) -> Tensor:
-    return self.product(V.mT.contiguous()).mT.to(V.dtype)
+    return self.product(unflat(V, self.params)).mT.to(V.dtype)
 
 
 NetworkOperator._columns, NetworkOperator.in_slices, NetworkOperator._matmat = _columns, in_slices, _matmat
@@ -466,9 +468,9 @@ class Fisher(NetworkOperator):
         super().__init__(objective, x, y, chunk, progress)
         self.curvature, self.seed, self.samples = curvature, seed, samples
 
-    def product(self, rows):
+    def product(self, vs):
         self._generator = torch.Generator(self.device).manual_seed(self.seed)
-        return super().product(rows)
+        return super().product(vs)
 
     def on_graph(self, closure, part, graph):
         e = graph.evaluation
