@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .algebra import Operator, flat, unflat
-from .operators import NetworkOperator, parameter_slots
+from .algebra import Operator, flat
+from .operators import NetworkOperator, parameter_slots, rows_of
 from ..objective import Closure, Objective, bare
 
 # %% auto #0
@@ -77,7 +77,7 @@ class Jacobian(NetworkOperator):
 
 # %% ../../nbs/curvature/jacobian.ipynb #2ab74b85
 def _matmat(self: Jacobian, V: Tensor) -> Tensor:
-    vs, parts = unflat(V, self.params), []
+    vs, parts = rows_of(V, self.params), []
     for _, closure in self.data:
         for part, graph in enumerate(closure._graphs()):
             self._rows(graph, part, closure)
@@ -93,7 +93,7 @@ def _rmatmat(self: Jacobian, U: Tensor) -> Tensor:
         for part, graph in enumerate(closure._graphs()):
             outputs, stop = graph.evaluation.outputs, start + self._rows(graph, part, closure)
             multiply = lambda us, batched: self.pull(graph, us[0], batched)
-            new = self.in_slices(closure, part, multiply, unflat(U[start:stop], [outputs]), self.params)
+            new = self.in_slices(closure, part, multiply, rows_of(U[start:stop], [outputs]), self.params)
             start, total = stop, new if total is None else total.add_(new)
         self.objective.cost.backward += closure.size * U.shape[1]
     return total.mT.to(U.dtype)

@@ -23,9 +23,9 @@ from ..objective import Closure, Objective, bare
 
 # %% auto #0
 __all__ = ['log', 'counted', 'Batches', 'parameter_slots', 'outputs_of', 'push_forward', 'NetworkOperator', 'product',
-           'forward_works', 'push', 'pull', 'in_slices', 'parameter_ranges', 'parameter_index', 'parameter', 'layer',
-           'names', 'offsets', 'differentiate', 'Hessian', 'output_hessian', 'GGN', 'Residual', 'rank_one', 'Fisher',
-           'Covariance']
+           'forward_works', 'push', 'pull', 'in_slices', 'rows_of', 'parameter_ranges', 'parameter_index', 'parameter',
+           'layer', 'names', 'offsets', 'differentiate', 'Hessian', 'output_hessian', 'GGN', 'Residual', 'rank_one',
+           'Fisher', 'Covariance']
 
 # %% ../../nbs/curvature/operators.ipynb #594f9cfc
 def _moved(x: Any, device: torch.device) -> Any:
@@ -316,8 +316,14 @@ def in_slices(self: NetworkOperator, closure: Closure, part: int, multiply: Call
     return out
 
 
+def rows_of(V: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    "The columns of a block `(n, K)` as tensors shaped and typed like `like` with a leading dimension `K`, as `unflat` gives them, but each vector contiguous."
+    pieces = [piece.mT for piece in V.split([t.numel() for t in like])]
+    return [(piece if piece.stride(1) == 1 else piece.contiguous()).reshape(V.shape[1], *t.shape).to(t.dtype) for piece, t in zip(pieces, like)]
+
+
 def _matmat(self: NetworkOperator, V: Tensor) -> Tensor:
-    return self.product(unflat(V, self.params)).mT.to(V.dtype)
+    return self.product(rows_of(V, self.params)).mT.to(V.dtype)
 
 
 NetworkOperator._columns, NetworkOperator.in_slices, NetworkOperator._matmat = _columns, in_slices, _matmat
