@@ -281,6 +281,9 @@ def _columns(self: NetworkOperator, closure: Closure, part: int) -> int:
     return self._width
 
 
+NetworkOperator._columns = _columns
+
+# %% ../../nbs/curvature/operators.ipynb #9d711dad
 def in_slices(self: NetworkOperator, closure: Closure, part: int, multiply: Callable[[list[Tensor], bool], Sequence[Tensor | None]], vs: list[Tensor], like: Sequence[Tensor]) -> Tensor:
     """A linear map applied to `K` vectors, a slice at a time, or one by one where the model has no batching rule.
 
@@ -326,7 +329,7 @@ def _matmat(self: NetworkOperator, V: Tensor) -> Tensor:
     return self.product(rows_of(V, self.params)).mT.to(V.dtype)
 
 
-NetworkOperator._columns, NetworkOperator.in_slices, NetworkOperator._matmat = _columns, in_slices, _matmat
+NetworkOperator.in_slices, NetworkOperator._matmat = in_slices, _matmat
 
 # %% ../../nbs/curvature/operators.ipynb #ec5c47f4
 def parameter_ranges(model: nn.Module) -> dict[str, slice]:
