@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .likelihood import Likelihood, cotangents, likelihood_of
-from .replay import RandomState, bare, breaks_off, differentiable_twice, say_once, throwaway_buffers, wrapped
+from .replay import ConvolutionsTwice, RandomState, bare, breaks_off, differentiable_twice, say_once, throwaway_buffers, wrapped
 
 # %% auto #0
 __all__ = ['Cost', 'Evaluation', 'Objective', 'Closure', 'evaluate', 'undo_buffers', 'mean_', 'release', 'require_unbroken',
@@ -236,8 +236,8 @@ def _split(self: Closure) -> tuple[list[float | Tensor], list[Tensor]]:
     return [c / sum(counts) for c in counts], [torch.where(c > 0, y, 0) for c, y in zip(counts, targets)]
 
 
-def _context(self: Closure, second_order: bool) -> contextlib.ExitStack:
-    "Gradients on, the caller's autocast, and the math attention kernel where second derivatives follow."
+def _context(self: Closure, second_order: bool, hessian: bool = False) -> contextlib.ExitStack:
+    "Gradients on, the caller's autocast, the math attention kernel where second derivatives follow, and quick convolutions where they are the Hessian's."
     stack = contextlib.ExitStack()
     if self._autocast is not None:
         device, dtype, enabled = self._autocast
@@ -245,6 +245,8 @@ def _context(self: Closure, second_order: bool) -> contextlib.ExitStack:
         stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
     if second_order:
         stack.enter_context(differentiable_twice(self.objective.model))
+    if hessian:
+        stack.enter_context(ConvolutionsTwice())
     return stack
 
 
@@ -326,7 +328,7 @@ def _train(self: Closure, observers: Sequence[Any], second_order: bool, keep_gra
     total = 0.0
     for i, share in enumerate(self.shares):
         with self._replay(i, move_buffers=not self._trained), torch.enable_grad():
-            with contextlib.ExitStack() as stack, self._context(second_order or keep_graph):
+            with contextlib.ExitStack() as stack, self._context(second_order or keep_graph, hessian=second_order):
                 for o in observers:
                     stack.enter_context(o.recording())
                 evaluation, loss = self._forward(i, share, inner)
@@ -404,13 +406,13 @@ def _key(self: Closure) -> tuple[int, ...]:
     return tuple(p._version for p in self.params)
 
 
-def _graphs(self: Closure) -> Iterator[_Graph]:
-    "The graphs of all parts at the current parameters: the kept one, or fresh ones."
+def _graphs(self: Closure, hessian: bool = False) -> Iterator[_Graph]:
+    "The graphs of all parts at the current parameters: the kept one, or fresh ones (for products with the Hessian, or any)."
     if self._graph is not None and self._graph[0] == self._key():
         yield self._graph[1]
         return
     for i, share in enumerate(self.shares):
-        with self._replay(i, move_buffers=False), torch.enable_grad(), self._context(True):
+        with self._replay(i, move_buffers=False), torch.enable_grad(), self._context(True, hessian):
             evaluation, loss = self._forward(i, share, True)
         graph = _Graph(evaluation, loss, self.params)
         if len(self.parts) == 1:
@@ -422,7 +424,7 @@ def _product(self: Closure, name: str, vs: Sequence[Tensor], batched: bool) -> l
     if len(vs) != len(self.params) or any(v.shape[batched:] != p.shape for v, p in zip(vs, self.params)):
         raise ValueError(f"vs has shapes {[tuple(v.shape) for v in vs]}; curvature products take one tensor a parameter: {[tuple(p.shape) for p in self.params]}")
     total = None
-    for graph in self._graphs():
+    for graph in self._graphs(hessian=name == "hvp"):
         if name == "hvp":
             self.require_unbroken(graph.gradient())
         part = getattr(graph, name)(list(vs), batched)

@@ -19,8 +19,8 @@ from .step_rules import Search, StepRule
 # %% auto #0
 __all__ = ['SHARED', 'Active', 'NonFiniteError', 'FallbackWarning', 'require', 'wide', 'due', 'zeros_state', 'count_step',
            'aligned', 'adam_direction', 'CurvatureOptimizer', 'check_group', 'add_param_group', 'step', 'all_finite',
-           'average_', 'observers', 'observe', 'refresh', 'direction', 'directions', 'fallback_direction', 'completed',
-           'generator', 'state_dict', 'load_state_dict']
+           'average_', 'average_squares_', 'observers', 'observe', 'refresh', 'direction', 'directions',
+           'fallback_direction', 'completed', 'generator', 'state_dict', 'load_state_dict']
 
 # %% ../../nbs/optim/engine.ipynb #31718db6
 class NonFiniteError(ArithmeticError):
@@ -78,7 +78,7 @@ def adam_direction(opt: CurvatureOptimizer, params: list[Tensor], grads: list[Te
         torch._fused_adam_(direction, aligned(grads, m), m, v, [], ages, lr=-1.0, beta1=betas[0], beta2=betas[1], weight_decay=0.0, eps=eps, amsgrad=False, maximize=False)
         return direction
     opt.average_(m, grads, 1 - betas[0])
-    opt.average_(v, torch._foreach_mul(grads, grads), 1 - betas[1])
+    opt.average_squares_(v, grads, 1 - betas[1])
     denominator = torch._foreach_div(v, [1 - betas[1] ** t for t in steps])
     torch._foreach_sqrt_(denominator)
     torch._foreach_add_(denominator, eps)
@@ -302,7 +302,15 @@ def average_(self: CurvatureOptimizer, old: list[Tensor], new: Sequence[Tensor],
     torch._foreach_lerp_(old, list(new), weight)
 
 
-CurvatureOptimizer._refuse_nonfinite, CurvatureOptimizer.average_ = _refuse_nonfinite, average_
+def average_squares_(self: CurvatureOptimizer, old: list[Tensor], new: Sequence[Tensor], weight: float) -> None:
+    "Running averages of entrywise squares, `old <- (1 - weight) * old + weight * new**2`, in place; masked when the step is refused."
+    if self.finite is not None:
+        return self.average_(old, torch._foreach_mul(new, new), weight)
+    torch._foreach_mul_(old, 1 - weight)
+    torch._foreach_addcmul_(old, new, new, value=weight)
+
+
+CurvatureOptimizer._refuse_nonfinite, CurvatureOptimizer.average_, CurvatureOptimizer.average_squares_ = _refuse_nonfinite, average_, average_squares_
 
 # %% ../../nbs/optim/engine.ipynb #d49b25f2
 Active = list[tuple[dict[str, Any], list[Tensor], list[Tensor]]]
