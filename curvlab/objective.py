@@ -87,6 +87,7 @@ class _Graph:
     def __init__(self, evaluation: Evaluation, loss: Tensor, params: list[Tensor], grads: Sequence[Tensor | None] | None = None):
         self.evaluation, self.loss, self.params = evaluation, loss, params
         self._grads, self._vjp = grads, None
+        self.linear = False  # whether its second derivatives are good for products with the Jacobian only
 
     def _fill(self, results: Sequence[Tensor | None], batch: tuple[int, ...] = ()) -> list[Tensor]:
         return [p.new_zeros(batch + p.shape) if r is None else r for r, p in zip(results, self.params)]
@@ -236,8 +237,8 @@ def _split(self: Closure) -> tuple[list[float | Tensor], list[Tensor]]:
     return [c / sum(counts) for c in counts], [torch.where(c > 0, y, 0) for c, y in zip(counts, targets)]
 
 
-def _context(self: Closure, second_order: bool, hessian: bool = False) -> contextlib.ExitStack:
-    "Gradients on, the caller's autocast, the math attention kernel where second derivatives follow, and quick convolutions where they are the Hessian's."
+def _context(self: Closure, second_order: bool) -> contextlib.ExitStack:
+    "Gradients on, the caller's autocast, and the math attention kernel where second derivatives follow."
     stack = contextlib.ExitStack()
     if self._autocast is not None:
         device, dtype, enabled = self._autocast
@@ -245,8 +246,6 @@ def _context(self: Closure, second_order: bool, hessian: bool = False) -> contex
         stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
     if second_order:
         stack.enter_context(differentiable_twice(self.objective.model))
-    if hessian:
-        stack.enter_context(ConvolutionsTwice())
     return stack
 
 
@@ -328,13 +327,16 @@ def _train(self: Closure, observers: Sequence[Any], second_order: bool, keep_gra
     total = 0.0
     for i, share in enumerate(self.shares):
         with self._replay(i, move_buffers=not self._trained), torch.enable_grad():
-            with contextlib.ExitStack() as stack, self._context(second_order or keep_graph, hessian=second_order):
+            quick = ConvolutionsTwice(linear=not second_order)
+            with contextlib.ExitStack() as stack, self._context(second_order or keep_graph), quick if keep else contextlib.nullcontext():
                 for o in observers:
                     stack.enter_context(o.recording())
                 evaluation, loss = self._forward(i, share, inner)
             for o in observers:
                 o.observe(evaluation)
             self._backward(evaluation, loss, observers, second_order and keep, keep, inner)
+            if keep:
+                self._graph[1].linear = quick.linear and quick.changed
         total = total + loss.detach()
         self.objective.cost.backward += len(evaluation.targets)
     if inner:
@@ -406,15 +408,17 @@ def _key(self: Closure) -> tuple[int, ...]:
     return tuple(p._version for p in self.params)
 
 
-def _graphs(self: Closure, hessian: bool = False) -> Iterator[_Graph]:
-    "The graphs of all parts at the current parameters: the kept one, or fresh ones (for products with the Hessian, or any)."
-    if self._graph is not None and self._graph[0] == self._key():
+def _graphs(self: Closure, product: str | None = None) -> Iterator[_Graph]:
+    "The graphs of all parts at the current parameters: the kept one if it is good for `product` (`hvp`, `ggnvp` or any), or fresh ones."
+    if self._graph is not None and self._graph[0] == self._key() and (product == "ggnvp" or not self._graph[1].linear):
         yield self._graph[1]
         return
     for i, share in enumerate(self.shares):
-        with self._replay(i, move_buffers=False), torch.enable_grad(), self._context(True, hessian):
+        quick = ConvolutionsTwice(linear=product == "ggnvp")
+        with self._replay(i, move_buffers=False), torch.enable_grad(), self._context(True), quick if product else contextlib.nullcontext():
             evaluation, loss = self._forward(i, share, True)
         graph = _Graph(evaluation, loss, self.params)
+        graph.linear = quick.linear and quick.changed
         if len(self.parts) == 1:
             self._graph = self._key(), graph
         yield graph
@@ -424,7 +428,7 @@ def _product(self: Closure, name: str, vs: Sequence[Tensor], batched: bool) -> l
     if len(vs) != len(self.params) or any(v.shape[batched:] != p.shape for v, p in zip(vs, self.params)):
         raise ValueError(f"vs has shapes {[tuple(v.shape) for v in vs]}; curvature products take one tensor a parameter: {[tuple(p.shape) for p in self.params]}")
     total = None
-    for graph in self._graphs(hessian=name == "hvp"):
+    for graph in self._graphs(name):
         if name == "hvp":
             self.require_unbroken(graph.gradient())
         part = getattr(graph, name)(list(vs), batched)

@@ -76,19 +76,20 @@ class _Convolution(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, W: Tensor, b: Tensor | None, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> Tensor:
+    def forward(x: Tensor, W: Tensor, b: Tensor | None, linear: bool, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> Tensor:
         return torch.convolution(x, W, b, stride, padding, dilation, False, [0] * len(stride), groups)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, W, b, *ctx.numbers = inputs
+        x, W, b, ctx.linear, *ctx.numbers = inputs
         ctx.biased = b is not None
         ctx.save_for_backward(x, W)
 
     @staticmethod
     def backward(ctx, y_bar):
         wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.biased and ctx.needs_input_grad[2]
-        return *_ConvolutionBackward.apply(y_bar, *ctx.saved_tensors, wanted, *ctx.numbers), None, None, None, None
+        x, W = [t.detach() for t in ctx.saved_tensors] if ctx.linear else ctx.saved_tensors
+        return *_ConvolutionBackward.apply(y_bar, x, W, wanted, *ctx.numbers), None, None, None, None, None
 
 
 class _ConvolutionBackward(torch.autograd.Function):
@@ -126,13 +127,25 @@ class _ConvolutionBackward(torch.autograd.Function):
 
 
 class ConvolutionsTwice(TorchFunctionMode):
-    "Around a forward pass on a CPU whose gradient will be differentiated *backwards*: convolutions get the quick second backward pass (which has no forward mode)."
+    """Around a forward pass on a CPU whose gradient will be differentiated *backwards*: convolutions get the quick second backward pass (which has no forward mode).
+
+    Args:
+        linear: the gradient will only be differentiated in the cotangent that it is linear in (for products with the Jacobian): the second pass takes images and kernels for constants.
+
+    Attributes:
+        changed: whether a convolution was met.
+    """
+
+    def __init__(self, linear: bool = False):
+        super().__init__()
+        self.linear, self.changed = linear, False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d) and not kwargs and len(args) == 7:
             x, W, b, stride, padding, dilation, groups = args
             if x.device.type == "cpu" and x.ndim == W.ndim and not isinstance(padding, str) and not torch.is_autocast_enabled("cpu"):
-                return _Convolution.apply(x, W, b, list(stride), list(padding), list(dilation), groups)
+                self.changed = True
+                return _Convolution.apply(x, W, b, self.linear, list(stride), list(padding), list(dilation), groups)
         return func(*args, **(kwargs or {}))
 
 # %% ../nbs/replay.ipynb #828ff8ce
