@@ -91,7 +91,7 @@ class _Convolution(torch.autograd.Function):
         x, W = [t.detach() for t in ctx.saved_tensors] if ctx.linear else ctx.saved_tensors
         return *_ConvolutionBackward.apply(y_bar, x, W, wanted, *ctx.numbers), None, None, None, None, None
 
-
+# %% ../nbs/replay.ipynb #8ecb834a
 class _ConvolutionBackward(torch.autograd.Function):
     "Backward pass of a convolution, whose own backward pass uses the same kernels."
 
@@ -125,7 +125,7 @@ class _ConvolutionBackward(torch.autograd.Function):
         to_W = halves(x_ddot, W, (False, True, False))[1] if x_ddot is not None and ctx.needs_input_grad[2] else None
         return to_y, to_x, to_W, None, None, None, None, None
 
-
+# %% ../nbs/replay.ipynb #1a9db40e
 class ConvolutionsTwice(TorchFunctionMode):
     """Around a forward pass on a CPU whose gradient will be differentiated *backwards*: convolutions get the quick second backward pass (which has no forward mode).
 
