@@ -48,7 +48,7 @@ class Estimate:
 
 def random_signs(shape: Sequence[int], generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
     "Independent entries +1 and -1 with equal probability (Rademacher)."
-    return torch.randint(0, 2, tuple(shape), generator=generator, device=device, dtype=torch.int8).to(dtype).mul_(2).sub_(1)
+    return torch.randint(0, 2, tuple(shape), generator=generator, device=device, dtype=torch.int8).mul_(2).sub_(1).to(dtype)
 
 
 DISTRIBUTIONS = ("signs", "normal")
