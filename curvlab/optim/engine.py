@@ -73,9 +73,9 @@ def adam_direction(opt: CurvatureOptimizer, params: list[Tensor], grads: list[Te
     steps = count_step(opt.state, params)
     m, v = zeros_state(opt.state, params, "m", "v")
     if opt.finite is None:  # nothing to mask (a CPU): one pass over memory does it all; a step of length -1 from zero is the direction
-        direction = [torch.zeros_like(t) for t in m]
-        ages = [torch.tensor(float(t), device=d.device) for t, d in zip(steps, direction)]
-        torch._fused_adam_(direction, aligned(grads, m), m, v, [], ages, lr=-1.0, beta1=betas[0], beta2=betas[1], weight_decay=0.0, eps=eps, amsgrad=False, maximize=False)
+        direction = torch._foreach_mul(m, 0.0)
+        ages = {t: torch.tensor(float(t)) for t in set(steps)}
+        torch._fused_adam_(direction, aligned(grads, m), m, v, [], [ages[t] for t in steps], lr=-1.0, beta1=betas[0], beta2=betas[1], weight_decay=0.0, eps=eps, amsgrad=False, maximize=False)
         return direction
     opt.average_(m, grads, 1 - betas[0])
     opt.average_squares_(v, grads, 1 - betas[1])
@@ -272,8 +272,8 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
         dtype = torch.float64 if any(v.dtype == torch.float64 for v in values) else torch.float32
         return torch.stack([v.to(dtype) for v in values]).isfinite().all()
 
-    # a sum is many times faster than a maximum on a CPU; what is not finite shows in it, and only if it overflows it takes a second look
-    if tensors[0].device.type == "cpu" and (result := finite([t.sum() for t in tensors])):
+    # the length is many times faster than a maximum on a CPU; what is not finite shows in it, and only if squares overflow it takes a second look
+    if tensors[0].device.type == "cpu" and (result := finite(torch._foreach_norm(list(tensors)))):
         return result
     return finite(torch._foreach_norm(list(tensors), float("inf")))
 
