@@ -153,11 +153,11 @@ class Wolfe(StepRule):
         self.c1, self.c2, self.negative, self.strong, self.normalise_first, self.max_trials = c1, c2, negative, strong, normalise_first, max_trials
 
     def __call__(self, search: Search) -> Step:
-        state, slope, f = search.state, float(search.slope), float(search.penalised(search.loss))
+        state, (f, slope, length) = search.state, self._measured(search)
         sign, first = (1.0 if slope > 0 else -1.0), search.lr
         if self.normalise_first and "step" not in state:
-            first = search.lr * min(1.0, 1 / max(float(search.dot(search.direction, search.direction)) ** 0.5, 1e-38))
-        t, trials, ok = 0.0, 0, False
+            first = search.lr * min(1.0, 1 / max(length, 1e-38))
+        t, trials, ok = 0.0, 0, slope == 0
         if first > 0 and math.isfinite(slope) and (slope > 0 or (slope < 0 and self.negative)):
             t, trials, ok = wolfe(lambda t: self._look(search, sign, t), f, -abs(slope), first, self.c1, self.c2, self.max_trials, self.strong)
         state["evaluations"] = state.get("evaluations", 0) + trials
@@ -166,6 +166,11 @@ class Wolfe(StepRule):
         state["backward"] = state.get("backward", 0) + (sign * t < 0)
         search.restore()
         return Step(sign * t)
+
+    @staticmethod
+    def _measured(search: Search) -> tuple[float, float, float]:
+        "Loss, slope and length of the direction, on the host."
+        return float(search.penalised(search.loss)), float(search.slope), float(search.dot(search.direction, search.direction)) ** 0.5
 
     @staticmethod
     def _look(search: Search, sign: float, t: float) -> tuple[float, float]:
