@@ -13,7 +13,7 @@ import torch
 from .step_rules import Search, Step, StepRule, _require
 
 # %% auto #0
-__all__ = ['NonMonotone', 'cubic_minimum', 'wolfe', 'Wolfe']
+__all__ = ['NonMonotone', 'reference', 'cubic_minimum', 'wolfe', 'Wolfe']
 
 # %% ../../nbs/optim/line_searches.ipynb #09f41641
 class NonMonotone(StepRule):
@@ -49,37 +49,43 @@ class NonMonotone(StepRule):
         self.c, self.beta, self.xi, self.polyak, self.f_star = c, beta, xi, polyak, f_star
         self.max_step, self.min_step, self.reset, self.max_trials, self.least_norm = max_step, min_step, reset, max_trials, least_norm
 
-    def reference(self, state: dict, f: float) -> float:
-        "Advance `C` and `Q` by the batch loss `f`; the reference value `max(C, f)`."
-        weight = self.xi * state.get("Q", 0.0)
-        state["Q"] = weight + 1
-        state["C"] = (weight * state.get("C", 0.0) + f) / state["Q"]
-        state["reference"] = max(state["C"], f)
-        return state["reference"]
+# %% ../../nbs/optim/line_searches.ipynb #0eee8847
+def reference(self: NonMonotone, state: dict, f: float) -> float:
+    "Advance `C` and `Q` by the batch loss `f`; the reference value `max(C, f)`."
+    weight = self.xi * state.get("Q", 0.0)
+    state["Q"] = weight + 1
+    state["C"] = (weight * state.get("C", 0.0) + f) / state["Q"]
+    state["reference"] = max(state["C"], f)
+    return state["reference"]
 
-    def __call__(self, search: Search) -> Step:
-        state, slope, f = search.state, float(search.slope), float(search.penalised(search.loss))
-        reference, shrink = self.reference(state, f), state.get("shrink", 0)
-        state["backtracks"] = 0
-        if float(search.dot(search.grads, search.grads)) <= self.least_norm**2:
-            state["step"] = 0.0
-            return Step(0.0)
-        eta = max(f - self.f_star, 0.0) / (self.polyak * slope) if slope > 0 else 0.0
-        state["first"] = eta = max(min(self.beta**shrink * eta, self.max_step), self.min_step)
-        for trial in range(self.max_trials if slope > 0 else 0):
-            state["evaluations"] = state.get("evaluations", 0) + 1
-            if float(search.loss_at(eta)) <= reference - self.c * eta * slope:
-                state["backtracks"] = trial
-                break
-            eta *= self.beta
-        else:
-            eta, state["failures"] = self.min_step, state.get("failures", 0) + 1
-            state["backtracks"] = self.max_trials if slope > 0 else 0
-        if self.reset:
-            state["shrink"] = max(shrink + state["backtracks"] - 1, 0)
-        state["step"] = eta
-        search.restore()
-        return Step(eta)
+
+def _backtrack(self: NonMonotone, search: Search) -> Step:
+    "The rule: reference value, first trial, backtracking."
+    state, slope, f = search.state, float(search.slope), float(search.penalised(search.loss))
+    reference, shrink = self.reference(state, f), state.get("shrink", 0)
+    state["backtracks"] = 0
+    if float(search.dot(search.grads, search.grads)) <= self.least_norm**2:
+        state["step"] = 0.0
+        return Step(0.0)
+    eta = max(f - self.f_star, 0.0) / (self.polyak * slope) if slope > 0 else 0.0
+    state["first"] = eta = max(min(self.beta**shrink * eta, self.max_step), self.min_step)
+    for trial in range(self.max_trials if slope > 0 else 0):
+        state["evaluations"] = state.get("evaluations", 0) + 1
+        if float(search.loss_at(eta)) <= reference - self.c * eta * slope:
+            state["backtracks"] = trial
+            break
+        eta *= self.beta
+    else:
+        eta, state["failures"] = self.min_step, state.get("failures", 0) + 1
+        state["backtracks"] = self.max_trials if slope > 0 else 0
+    if self.reset:
+        state["shrink"] = max(shrink + state["backtracks"] - 1, 0)
+    state["step"] = eta
+    search.restore()
+    return Step(eta)
+
+
+NonMonotone.reference, NonMonotone.__call__ = reference, _backtrack
 
 # %% ../../nbs/optim/line_searches.ipynb #e7ce3a10
 def cubic_minimum(a: float, fa: float, da: float, b: float, fb: float, db: float) -> float:

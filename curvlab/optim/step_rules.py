@@ -14,7 +14,7 @@ from torch import Tensor
 from ..objective import Closure
 
 # %% auto #0
-__all__ = ['Search', 'Step', 'StepRule', 'Armijo', 'Polyak', 'QuadraticModel']
+__all__ = ['Search', 'value_and_slope', 'Step', 'StepRule', 'Armijo', 'Polyak', 'QuadraticModel']
 
 # %% ../../nbs/optim/step_rules.ipynb #a60eed21
 @dataclass
@@ -69,21 +69,25 @@ class Search:
         self.move(t, along)
         return self.penalised(self.closure(backward=False))
 
-    def value_and_slope(self, t: float) -> tuple[float, float]:
-        "`phi(t)` and `phi'(t)` of `phi(t) = f(theta - t * d)`: one more loss and gradient of the same batch; `p.grad` is put back, the parameters stay there until `restore`."
-        self.move(t)
-        kept = [p.grad for p in self.closure.params]
-        loss = self.penalised(self.closure())
-        decay = {id(p): group["weight_decay"] for group in self.groups if group["weight_decay"] and not group["decoupled"] for p in group["params"]}
-        there = [torch.zeros_like(d) if p.grad is None else p.grad.to(d.dtype) + decay.get(id(p), 0.0) * p.to(d.dtype) for p, d in zip(self.params, self.direction)]
-        for p, g in zip(self.closure.params, kept):
-            p.grad = g
-        return float(loss), -float(self.dot(there, self.direction))
-
     def restore(self) -> None:
         "Go back to `t = 0`."
         if self._start is not None:
             torch._foreach_copy_(self.params, self._start)
+
+# %% ../../nbs/optim/step_rules.ipynb #3444cfdf
+def value_and_slope(self: Search, t: float) -> tuple[float, float]:
+    "`phi(t)` and `phi'(t)` of `phi(t) = f(theta - t * d)`: one more loss and gradient of the same batch; `p.grad` is put back, the parameters stay there until `restore`."
+    self.move(t)
+    kept = [p.grad for p in self.closure.params]
+    loss = self.penalised(self.closure())
+    decay = {id(p): group["weight_decay"] for group in self.groups if group["weight_decay"] and not group["decoupled"] for p in group["params"]}
+    there = [torch.zeros_like(d) if p.grad is None else p.grad.to(d.dtype) + decay.get(id(p), 0.0) * p.to(d.dtype) for p, d in zip(self.params, self.direction)]
+    for p, g in zip(self.closure.params, kept):
+        p.grad = g
+    return float(loss), -float(self.dot(there, self.direction))
+
+
+Search.value_and_slope = value_and_slope
 
 # %% ../../nbs/optim/step_rules.ipynb #77de7b31
 @dataclass
