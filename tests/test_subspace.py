@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from curvlab import Objective
+from curvlab import Objective, optim
 from curvlab.optim import SGD, Adam, PlaneSearch
 from curvlab.optim.subspace import Composition, SubspaceSearch, minimise
 
@@ -160,3 +160,15 @@ def test_bad_arguments_are_named():
     for options in (dict(tol=0.0), dict(max_trials=0)):
         with pytest.raises(ValueError, match=next(iter(options))):
             PlaneSearch(**options)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AMSGrad", "AdaGrad", "SignDescent", "KFAC", "Shampoo", "AdaHessian", "LBFGS", "SR1"])
+def test_the_plane_search_goes_with_every_direction(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)).double()
+    x, y = torch.randn(24, 6, dtype=torch.double), torch.randint(0, 3, (24,))
+    objective = Objective(model, nn.CrossEntropyLoss())
+    optimizer = getattr(optim, name)(model, step_rule=PlaneSearch(tol=1e-4))
+    losses = [float(optimizer.step(objective.at(x, y))) for _ in range(15)]
+    assert all(b <= a + 1e-12 for a, b in zip(losses, losses[1:])) and losses[-1] < 0.5 * losses[0]
+    assert objective.cost.evaluations == 15 + optimizer.param_groups[0]["step_rule"]["evaluations"]
