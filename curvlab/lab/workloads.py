@@ -27,20 +27,20 @@ __all__ = ['WORKLOADS', 'EIGEN_ROOT', 'LONGEST', 'images', 'pooled_convnet', 'Fu
            'kfac_application', 'kfac_floor', 'shampoo_parts', 'shape_class', 'product_call', 'price']
 
 # %% ../../nbs/lab/workloads.ipynb #2c50b658
-def images(n: int, flat: bool, device=None) -> Data:
-    "`n` images of 28 by 28 pixels in [0, 1]: Fashion-MNIST if it is on this machine, else random pixels and classes."
+def images(n: int, side: int, flat: bool, device=None) -> Data:
+    "`n` images of 28 by 28 pixels in [0, 1] (pooled to `side` 14): Fashion-MNIST if it is on this machine, else random pixels and classes."
     if sets.have_fashion_mnist():
-        return sets.fashion_mnist(n, 1, flat=flat, device=device)
+        return sets.fashion_mnist(n, 1, pool=28 // side, flat=flat, standardised=False, device=device)
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.rand(n + 1, 784, generator=generator), torch.randint(10, (n + 1,), generator=generator)
-    x = x if flat else x.view(-1, 1, 28, 28)
+    x, y = torch.rand(n + 1, side**2, generator=generator), torch.randint(10, (n + 1,), generator=generator)
+    x = x if flat else x.view(-1, 1, side, side)
     return Data("random pixels", x[:n], y[:n], x[n:], y[n:], "generated (no licence needed)", "computed here").to(device)
 
 
-def pooled_convnet(a: int, b: int, dense: int) -> nn.Sequential:
-    "Convolutions 3 by 3 with `a`, `b` and `b` channels, pooling after the second and the third, and two dense layers; for images `(1, 28, 28)`."
+def pooled_convnet(side: int, a: int, b: int, dense: int) -> nn.Sequential:
+    "Convolutions 3 by 3 with `a`, `b` and `b` channels, pooling after the second and the third, and two dense layers; for images `(1, side, side)`."
     conv = lambda i, o: (nn.Conv2d(i, o, 3, padding=1), nn.ReLU())
-    return nn.Sequential(*conv(1, a), *conv(a, b), nn.MaxPool2d(2), *conv(b, b), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(49 * b, dense), nn.ReLU(), nn.Linear(dense, 10))
+    return nn.Sequential(*conv(1, a), *conv(a, b), nn.MaxPool2d(2), *conv(b, b), nn.MaxPool2d(2), nn.Flatten(), nn.Linear((side // 4) ** 2 * b, dense), nn.ReLU(), nn.Linear(dense, 10))
 
 
 class FusedAttention(Attention):
@@ -62,15 +62,15 @@ def fused_transformer(size: int, context: int, width: int, heads: int) -> Transf
 # %% ../../nbs/lab/workloads.ipynb #fa8aaae1
 def deep_autoencoder(size: str = "cpu", device=None) -> Problem:
     "784-1000-500-250-30-250-500-1000-784, tanh, batch 512."
-    batch, half = pick(size, smoke=(64, (784, 200, 100, 50, 10)), cpu=(512, (784, 1000, 500, 250, 30)), gpu=(2048, (784, 1000, 500, 250, 30)))
+    batch, half = pick(size, smoke=(64, (196, 100, 50, 25, 10)), cpu=(512, (784, 1000, 500, 250, 30)), gpu=(2048, (784, 1000, 500, 250, 30)))
     build = lambda: mlp([*half, *half[-2::-1]], nn.Tanh)
-    return Problem("autoencoder", images(batch, True, device).autoencoding(), build, nn.BCEWithLogitsLoss(), batch=batch)
+    return Problem("autoencoder", images(batch, math.isqrt(half[0]), True, device).autoencoding(), build, nn.BCEWithLogitsLoss(), batch=batch)
 
 
 def conv_classifier(size: str = "cpu", device=None) -> Problem:
     "Convolutions with 32, 64 and 64 channels on 28 by 28 pixels, then 3136-128-10; batch 128."
-    batch, widths = pick(size, smoke=(16, (8, 16, 32)), cpu=(128, (32, 64, 128)), gpu=(1024, (32, 64, 128)))
-    return Problem("convnet", images(batch, False, device), lambda: pooled_convnet(*widths), nn.CrossEntropyLoss(), batch=batch)
+    batch, widths = pick(size, smoke=(16, (14, 8, 16, 32)), cpu=(128, (28, 32, 64, 128)), gpu=(1024, (28, 32, 64, 128)))
+    return Problem("convnet", images(batch, widths[0], False, device), lambda: pooled_convnet(*widths), nn.CrossEntropyLoss(), batch=batch)
 
 
 def character_transformer(size: str = "cpu", device=None) -> Problem:
