@@ -124,7 +124,7 @@ class _Attentions(TorchFunctionMode):
             self.found.append(Layer(f"attention {len(self.found)}", "attention", rows, width, width, copies=math.prod(copies)))
         return func(*args, **(kwargs or {}))
 
-
+# %% ../../nbs/lab/workloads.ipynb #027ef5d9
 def layers(model: nn.Module, x: Tensor) -> list[Layer]:
     """The linear layers, 2d convolutions and fused causal attentions that `model(x)` uses.
 
