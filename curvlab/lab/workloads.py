@@ -180,7 +180,7 @@ class Product:
         "Additions and multiplications a step."
         return 2.0 * self.m * self.k * self.n * self.batch * self.share / self.every
 
-
+# %% ../../nbs/lab/workloads.ipynb #32cb49ee
 def _repeat(part: str, l: Layer, products: Iterable[tuple[int, int, int]]) -> list[Product]:
     share = 0.5 if l.kind == "attention" else 1.0
     return [Product(part, l.name, *p, batch=l.copies, share=share) for p in products]
