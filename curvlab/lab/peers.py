@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # %% auto #0
 __all__ = ['Step', 'BLOCK', 'BOTH', 'EACH', 'RARE', 'PEERS', 'DISTRIBUTIONS', 'train_step', 'Peer', 'asdl_kfac', 'singd',
-           'curvlinops_kfac', 'pytorch_optimizer_shampoo', 'heavyball_method', 'psgd_kron',
+           'curvlinops_kfac', 'backpack_kfac', 'pytorch_optimizer_shampoo', 'heavyball_method', 'psgd_kron',
            'pytorch_optimizer_adahessian', 'torchzero_adahessian', 'twice_differentiable', 'curvlinops_ggn',
            'eigenthings_ggn', 'torch_first_order']
 
@@ -118,6 +118,34 @@ def curvlinops_kfac(kind: str):
 
     return make
 
+# %% ../../nbs/lab/peers.ipynb #d213eaf6
+def backpack_kfac(model, loss, x, y, observe_every, refresh_every):
+    "K-FAC around BackPACK's factors, with running averages and Cholesky inverses; SGD with momentum after it."
+    from backpack import backpack, extend
+    from backpack.extensions import KFAC
+
+    model, loss, count = extend(model), extend(type(loss)()), itertools.count()
+    optimizer, averages, inverses = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9), {}, {}
+
+    def step():
+        n = next(count)
+        observing = n % observe_every == 0
+        optimizer.zero_grad(set_to_none=True)
+        value = loss(model(x), y)
+        with backpack(KFAC(mc_samples=1)) if observing else contextlib.nullcontext():
+            value.backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                if observing:
+                    averages[p] = [old.lerp_(new, 0.05) for old, new in zip(averages.get(p, p.kfac), p.kfac)]
+                if n % refresh_every == 0:
+                    inverses[p] = [torch.cholesky_inverse(torch.linalg.cholesky(M + 1e-2 * torch.eye(len(M), device=M.device))) for M in averages[p]]
+                d = inverses[p][0] @ p.grad.flatten(1) @ inverses[p][1] if p.ndim > 1 else inverses[p][0] @ p.grad
+                p.grad.copy_(d.view_as(p))
+        optimizer.step()
+
+    return step
+
 # %% ../../nbs/lab/peers.ipynb #65e75652
 BLOCK = 512  # pytorch-optimizer's default block size
 
@@ -217,6 +245,7 @@ PEERS: tuple[Peer, ...] = (
     Peer("asdfghjkl", "asdl K-FAC", "K-FAC sampled", asdl_kfac("fisher_mc"), settings=EACH, note="samples from a softmax whatever the loss: the same work, but the curvature is wrong for the autoencoder and along the text"),
     Peer("singd", "singd", "K-FAC empirical", singd, note="inverse-free update in place of an inverse; other layers stay untrained", settings=RARE),
     Peer("curvlinops-for-pytorch", "curvlinops K-FAC", "K-FAC sampled", curvlinops_kfac("mc"), note="no running average", settings=RARE),
+    Peer("backpack-for-pytorch", "BackPACK K-FAC", "K-FAC sampled", backpack_kfac, note="bias apart from the weight", settings=EACH),
     Peer("pytorch_optimizer", "pytorch-optimizer Shampoo", "Shampoo", pytorch_optimizer_shampoo, note="Newton roots in float32 until the error is 1e-3"),
     Peer("heavyball", "heavyball SOAP", "other", heavyball_method("SOAP"), "other", "another method", EACH),
     Peer("heavyball", "heavyball PSGD-Kron", "other", heavyball_method("PSGDKron"), "other", "another method", EACH),

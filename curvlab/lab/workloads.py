@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -61,10 +61,12 @@ def fused_transformer(size: int, context: int, width: int, heads: int) -> Transf
 
 # %% ../../nbs/lab/workloads.ipynb #fa8aaae1
 def deep_autoencoder(size: str = "cpu", device=None) -> Problem:
-    "784-1000-500-250-30-250-500-1000-784, tanh, batch 512."
+    "784-1000-500-250-30-250-500-1000-784, tanh, batch 512; the targets are the pixels in black and white."
     batch, half = pick(size, smoke=(64, (196, 100, 50, 25, 10)), cpu=(512, (784, 1000, 500, 250, 30)), gpu=(2048, (784, 1000, 500, 250, 30)))
     build = lambda: mlp([*half, *half[-2::-1]], nn.Tanh)
-    return Problem("autoencoder", images(batch, math.isqrt(half[0]), True, device).autoencoding(), build, nn.BCEWithLogitsLoss(), batch=batch)
+    data = images(batch, math.isqrt(half[0]), True, device).autoencoding()
+    data = replace(data, y_train=(data.y_train > 0.5).to(data.y_train.dtype), y_test=(data.y_test > 0.5).to(data.y_test.dtype))
+    return Problem("autoencoder", data, build, nn.BCEWithLogitsLoss(), batch=batch)
 
 
 def conv_classifier(size: str = "cpu", device=None) -> Problem:
