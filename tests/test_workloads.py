@@ -10,7 +10,7 @@ from curvlab import Objective
 from curvlab.lab.peers import PEERS, train_step
 from curvlab.lab.problems import Attention, Transformer
 from curvlab.lab.workloads import (
-    EIGEN_ROOT, WORKLOADS, FusedAttention, Layer, Product, backward_pass, forward_pass, fused_transformer, ggn_product, hessian_product, input_chain, kfac_factors, kfac_floor, layers, price, shampoo_parts, shape_class,
+    EIGEN_ROOT, WORKLOADS, FusedAttention, Layer, Product, backward_pass, forward_pass, fused_transformer, ggn_product, hessian_product, input_chain, kfac_factors, kfac_floor, layers, price, product_call, shampoo_parts, shape_class, ways,
 )
 from curvlab.ledger.benchmark import version_of
 
@@ -140,6 +140,16 @@ def test_price_takes_the_cheapest_route_and_scales_long_sides():
     a, b = Product("p", "l", 8, 8, 8, route="a"), Product("p", "l", 4, 4, 4, share=0.5, every=2, route="b")
     seconds = {shape_class(a): 1.0, shape_class(b): 2.0}
     assert price([a, b], seconds) == {("p", "l"): pytest.approx(0.5)}
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 5, 3), (1, 70, 130, 90), (4, 6, 5, 3)])
+def test_products_are_products(shape):
+    """All libraries multiply the same two matrices, and the chosen one executes the shape that was asked for."""
+    batch, m, k, n = shape
+    a, b = torch.randn(m, k), torch.randn(k, n)
+    for way in ways(a, b):
+        assert torch.allclose(torch.as_tensor(way()).double(), a.double() @ b.double(), atol=1e-3)
+    assert torch.as_tensor(product_call(shape)()).shape in ((m, n), (batch, m, n))
 
 
 # The jobs

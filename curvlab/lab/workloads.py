@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -19,12 +20,13 @@ from ..curvature.shaping import blocks
 from . import data as sets
 from .data import Data
 from .problems import Attention, Problem, Transformer, mlp, pick
+from .timing import block_seconds
 
 # %% auto #0
 __all__ = ['WORKLOADS', 'EIGEN_ROOT', 'LONGEST', 'images', 'pooled_convnet', 'FusedAttention', 'fused_transformer',
            'deep_autoencoder', 'conv_classifier', 'character_transformer', 'Layer', 'layers', 'Product', 'forward_pass',
            'backward_pass', 'input_chain', 'hessian_product', 'ggn_product', 'kfac_factors', 'kfac_inverses',
-           'kfac_application', 'kfac_floor', 'shampoo_parts', 'shape_class', 'product_call', 'price']
+           'kfac_application', 'kfac_floor', 'shampoo_parts', 'shape_class', 'ways', 'product_call', 'price']
 
 # %% ../../nbs/lab/workloads.ipynb #2c50b658
 def images(n: int, side: int, flat: bool, device=None) -> Data:
@@ -279,11 +281,26 @@ def shape_class(p: Product) -> tuple[int, int, int, int]:
     return min(p.batch, 64) if max(p.m, p.n, p.k) <= 256 and not p.route else 1, *(min(side, LONGEST) for side in (p.m, p.k, p.n))
 
 
-def product_call(shape: tuple[int, int, int, int], device="cpu") -> Callable[[], Tensor]:
-    "A function that executes a product of a shape class on random numbers."
+def ways(a: Tensor, b: Tensor) -> list[Callable[[], object]]:
+    "Calls that multiply `(m, k)` by `(k, n)`: torch's way and, for single precision on a CPU, the libraries of NumPy and oneDNN."
+    calls: list[Callable[[], object]] = [lambda: torch.mm(a, b)]
+    if a.device.type == "cpu" and a.dtype == torch.float32:
+        x, y = a.numpy(), b.numpy()
+        calls.append(lambda: x @ y)
+        if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+            calls.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], ""))
+    return calls
+
+
+def product_call(shape: tuple[int, int, int, int], device="cpu") -> Callable[[], object]:
+    "A function that executes a product of a shape class on random numbers, by the fastest library there is."
     batch, m, k, n = shape
     a, b = (torch.randn(batch, *s, device=device) for s in ((m, k), (k, n)))
-    return (lambda: torch.mm(a[0], b[0])) if batch == 1 else lambda: torch.bmm(a, b)
+    if batch > 1:
+        return lambda: torch.bmm(a, b)
+    calls, often = ways(a[0], b[0]), max(1, min(50, 10**7 // (m * k * n)))
+    quickest = lambda call: min(block_seconds(call, often, time.process_time) for _ in range(3))
+    return calls[0] if len(calls) == 1 else min(calls, key=quickest)
 
 
 def price(products: Iterable[Product], seconds: dict[tuple, float]) -> dict[tuple[str, str], float]:
