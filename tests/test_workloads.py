@@ -10,13 +10,9 @@ from curvlab import Objective
 from curvlab.lab.peers import PEERS, train_step
 from curvlab.lab.problems import Attention, Transformer
 from curvlab.lab.workloads import (
-    EIGEN_ROOT, WORKLOADS, FusedAttention, Layer, Product, backward_pass, forward_pass, fused_transformer, ggn_product, hessian_product, input_chain, kfac_factors, kfac_floor, layers, price, product_call, shampoo_parts, shape_class, ways,
+    EIGEN_ROOT, WORKLOADS, FusedAttention, Layer, Product, backward_pass, forward_pass, fused_transformer, ggn_product, hessian_product, input_chain, kfac_factors, kfac_floor, layers, operations, price, product_call, shampoo_parts, shape_class, ways,
 )
 from curvlab.ledger.benchmark import version_of
-
-
-def flops(products):
-    return sum(p.flops for p in products)
 
 
 def counted(call):
@@ -49,8 +45,8 @@ def test_passes_count_what_torch_counts(net):
     model, x = net()
     ls, params = layers(model, x), list(model.parameters())
     outputs = model(x)
-    assert flops(forward_pass(ls)) == counted(lambda: model(x))
-    assert flops(backward_pass(ls)) == counted(lambda: torch.autograd.grad(outputs.sum(), params, retain_graph=True))
+    assert operations(forward_pass(ls)) == counted(lambda: model(x))
+    assert operations(backward_pass(ls)) == counted(lambda: torch.autograd.grad(outputs.sum(), params, retain_graph=True))
 
 
 def test_chain_counts_what_torch_counts():
@@ -60,7 +56,7 @@ def test_chain_counts_what_torch_counts():
         outputs = layer(outputs)
         if isinstance(layer, nn.Linear):
             taps.append(outputs)
-    assert flops(input_chain(layers(model, x))) == counted(lambda: torch.autograd.grad(outputs.sum(), taps, retain_graph=True))
+    assert operations(input_chain(layers(model, x))) == counted(lambda: torch.autograd.grad(outputs.sum(), taps, retain_graph=True))
 
 
 def test_hessian_product_counts_what_torch_counts():
@@ -69,7 +65,7 @@ def test_hessian_product_counts_what_torch_counts():
     loss = nn.CrossEntropyLoss()(model(x), torch.tensor([0, 1, 2, 0, 1, 2]))
     grads = torch.autograd.grad(loss, params, create_graph=True)
     seen = counted(lambda: torch.autograd.grad(grads, params, [torch.randn_like(p) for p in params]))
-    assert flops(hessian_product(layers(model, x))) == seen
+    assert operations(hessian_product(layers(model, x))) == seen
 
 
 def test_ggn_product_counts_what_a_kept_graph_executes():
@@ -77,7 +73,7 @@ def test_ggn_product_counts_what_a_kept_graph_executes():
     closure = Objective(model, nn.CrossEntropyLoss()).at(x, torch.tensor([0, 1, 2, 0, 1, 2]))
     v = [torch.randn_like(p) for p in model.parameters()]
     closure.ggnvp(v)  # builds the graph
-    assert flops(ggn_product(layers(model, x))) == counted(lambda: closure.ggnvp(v))
+    assert operations(ggn_product(layers(model, x))) == counted(lambda: closure.ggnvp(v))
 
 
 def test_attention_counts_half_of_what_the_written_one_executes():
@@ -85,7 +81,7 @@ def test_attention_counts_half_of_what_the_written_one_executes():
     ls = layers(fused_transformer(11, 6, 8, 2), torch.randint(11, (3, 6)))
     linear, attention = ([l for l in ls if (l.kind == "attention") == wanted] for wanted in (False, True))
     assert [(l.rows, l.inputs, l.copies) for l in attention] == [(6, 4, 6)] * 2
-    whole = lambda passes: flops(passes(linear)) + 2 * flops(passes(attention))
+    whole = lambda passes: operations(passes(linear)) + 2 * operations(passes(attention))
     written, x = Transformer(11, 6, 8, 2), torch.randint(11, (3, 6))
     params, loss = list(written.parameters()), written(x).square().sum()
     grads = torch.autograd.grad(loss, params, create_graph=True)
@@ -98,7 +94,7 @@ def test_one_layer_by_hand():
     inner = Layer("inner", "linear", rows=7, inputs=4, outputs=3, bias=True)
     parts = {}
     for p in kfac_floor([inner], sampled=True, observe_every=2, refresh_every=5):
-        parts[p.part] = parts.get(p.part, 0) + p.flops
+        parts[p.part] = parts.get(p.part, 0) + operations([p])
     R, i, o = 7, 4, 3
     assert parts == pytest.approx({
         "forward": 2 * R * i * o, "backward": 4 * R * i * o, "sampled backward": 2 * R * i * o / 2, "factor A": R * (i + 1) ** 2 / 2, "factor G": R * o**2 / 2,
@@ -106,7 +102,7 @@ def test_one_layer_by_hand():
     })
     first = Layer("first", "linear", rows=7, inputs=4, outputs=3, first=True)
     assert not input_chain([first]) and not [p for p in kfac_floor([first], sampled=False) if p.part == "sampled backward"]
-    assert flops(hessian_product([first])) == 2 * 2 * R * i * o and flops(hessian_product([inner])) == 6 * 2 * R * i * o
+    assert operations(hessian_product([first])) == 2 * 2 * R * i * o and operations(hessian_product([inner])) == 6 * 2 * R * i * o
 
 
 def test_offsets_of_a_kernel():
@@ -117,7 +113,7 @@ def test_offsets_of_a_kernel():
     (product,) = [p for p in kfac_factors([layer]) if p.route == "offsets"]
     assert (product.batch, product.m, product.k, product.n) == (len(differences), 4, 10, 4)
     strided = Layer("c", "conv", rows=10, inputs=60, outputs=3, kernel=(3, 5), step=True)
-    assert [p.route for p in kfac_factors([strided])] == ["", "patches"]
+    assert [p.route for p in kfac_factors([strided])] == ["", ""]
 
 
 def test_shampoo_by_hand():
@@ -127,7 +123,7 @@ def test_shampoo_by_hand():
     for n, m in itertools.product((2, 2, 1), (2, 1)):
         for side, rest in ((n, m), (m, n)):
             expected += side**2 * rest + 2 * EIGEN_ROOT * side**3 / 10 + 2 * side**2 * rest
-    assert flops(shampoo_parts(params, None, 2)) == pytest.approx(expected)
+    assert operations(shampoo_parts(params, None, 2)) == pytest.approx(expected)
 
 
 # The price
@@ -135,17 +131,34 @@ def test_shampoo_by_hand():
 
 def test_price_takes_the_cheapest_route_and_scales_long_sides():
     long = Product("p", "l", 10, 3 * 4096, 20)
-    assert shape_class(long) == (1, 10, 4096, 20)
+    assert shape_class(long) == ("any", 1, 10, 4096, 20)
     assert price([long], {shape_class(long): 2.0})["p", "l"] == pytest.approx(6.0)
-    a, b = Product("p", "l", 8, 8, 8, route="a"), Product("p", "l", 4, 4, 4, share=0.5, every=2, route="b")
+    a, b = Product("p", "l", 8, 8, 8), Product("p", "l", 4, 4, 4, share=0.5, every=2, route="b")
     seconds = {shape_class(a): 1.0, shape_class(b): 2.0}
     assert price([a, b], seconds) == {("p", "l"): pytest.approx(0.5)}
+    other = Product("p", "l", 8, 8, 8, task="weight")  # another task is another product, at torch's speed
+    assert price([a, b, other], seconds | {shape_class(other): 3.0}) == {("p", "l"): pytest.approx(3.5)}
 
 
-@pytest.mark.parametrize("shape", [(1, 7, 5, 3), (1, 70, 130, 90), (4, 6, 5, 3)])
+def test_convolutions_are_priced_as_convolutions_too():
+    model, x = conv_net()
+    products = [p for p in forward_pass(layers(model, x)) + backward_pass(layers(model, x)) if p.conv]
+    assert [(p.task, p.layer) for p in products] == [("forward", "0"), ("forward", "2"), ("weight", "0"), ("weight", "2"), ("input", "2")]
+    shapes = {"forward": (6, 4, 4, 6), "weight": (4, 5, 3, 3), "input": (6, 5, 10, 13)}
+    for p in products:
+        if p.layer == "2":
+            out = product_call(shape_class(p))()
+            assert next(t for t in (out if isinstance(out, tuple) else [out]) if t is not None).shape == shapes[p.task]
+    a, b, c, d = (Product("p", "l", 2, 3, 5, task="forward"), Product("p", "l", 2, 3, 5, route="convolution", task="forward", conv=("forward", 1)),
+                  Product("p", "l", 5, 2, 3, task="weight"), Product("p", "l", 5, 2, 3, route="convolution", task="weight", conv=("weight", 1)))
+    seconds = {shape_class(a): 1.0, shape_class(b): 2.0, shape_class(c): 7.0, shape_class(d): 4.0}
+    assert price([a, b, c, d], seconds) == {("p", "l"): pytest.approx(5.0)}
+
+
+@pytest.mark.parametrize("shape", [("any", 1, 7, 5, 3), ("torch", 1, 70, 130, 90), ("any", 1, 70, 130, 90), ("torch", 4, 6, 5, 3)])
 def test_products_are_products(shape):
     """All libraries multiply the same two matrices, and the chosen one executes the shape that was asked for."""
-    batch, m, k, n = shape
+    _, batch, m, k, n = shape
     a, b = torch.randn(m, k), torch.randn(k, n)
     for way in ways(a, b):
         assert torch.allclose(torch.as_tensor(way()).double(), a.double() @ b.double(), atol=1e-3)

@@ -23,10 +23,11 @@ from .problems import Attention, Problem, Transformer, mlp, pick
 from .timing import block_seconds
 
 # %% auto #0
-__all__ = ['WORKLOADS', 'EIGEN_ROOT', 'LONGEST', 'images', 'pooled_convnet', 'FusedAttention', 'fused_transformer',
+__all__ = ['WORKLOADS', 'TASKS', 'EIGEN_ROOT', 'LONGEST', 'images', 'pooled_convnet', 'FusedAttention', 'fused_transformer',
            'deep_autoencoder', 'conv_classifier', 'character_transformer', 'Layer', 'layers', 'Product', 'forward_pass',
-           'backward_pass', 'input_chain', 'hessian_product', 'ggn_product', 'kfac_factors', 'kfac_inverses',
-           'kfac_application', 'kfac_floor', 'shampoo_parts', 'shape_class', 'ways', 'product_call', 'price']
+           'backward_pass', 'input_chain', 'hessian_product', 'ggn_product', 'operations', 'kfac_factors',
+           'kfac_inverses', 'kfac_application', 'kfac_floor', 'shampoo_parts', 'shape_class', 'ways',
+           'convolution_call', 'product_call', 'price']
 
 # %% ../../nbs/lab/workloads.ipynb #2c50b658
 def images(n: int, side: int, flat: bool, device=None) -> Data:
@@ -98,7 +99,7 @@ class Layer:
         bias: whether the layer has one.
         first: whether its input needs no gradient.
         copies: independent products of this shape (attention: examples times heads).
-        kernel: sides of a convolution's kernel; `step`: whether its stride or dilation is not 1.
+        kernel: sides of a convolution's kernel; `step`: whether its stride or dilation is not 1; `conv`: shapes of input and weight, stride, padding, dilation.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Layer:
     copies: int = 1
     kernel: tuple[int, ...] = ()
     step: bool = False
+    conv: tuple = ()
 
 
 class _Attentions(TorchFunctionMode):
@@ -133,18 +135,18 @@ def layers(model: nn.Module, x: Tensor) -> list[Layer]:
     """The linear layers, 2d convolutions and fused causal attentions that `model(x)` uses.
 
     Raises:
-        ValueError: attention that is not causal, or a convolution with groups.
+        ValueError: attention that is not causal, or a convolution with groups or with padding by name.
     """
     found: list[Layer] = []
 
     def note(name, module, x, y):
         linear = isinstance(module, nn.Linear)
-        if not linear and module.groups > 1:
-            raise ValueError(f"{name} has groups={module.groups}; the floor knows ordinary convolutions only")
+        if not linear and (module.groups > 1 or isinstance(module.padding, str)):
+            raise ValueError(f"{name} has groups={module.groups} and padding={module.padding!r}; the floor knows ordinary convolutions with padding in numbers only")
         W, rows = module.weight, y.numel() // len(module.weight)
         step = not linear and (set(module.stride) | set(module.dilation)) != {1}
-        shape = () if linear else tuple(module.kernel_size)
-        found.append(Layer(name, "linear" if linear else "conv", rows, W[0].numel(), len(W), module.bias is not None, not x.requires_grad, kernel=shape, step=step))
+        kernel, conv = ((), ()) if linear else (tuple(module.kernel_size), (tuple(x.shape), tuple(W.shape), tuple(module.stride), tuple(module.padding), tuple(module.dilation)))
+        found.append(Layer(name, "linear" if linear else "conv", rows, W[0].numel(), len(W), module.bias is not None, not x.requires_grad, kernel=kernel, step=step, conv=conv))
 
     hooks = [m.register_forward_hook(lambda module, args, y, name=name: note(name, module, args[0], y)) for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     try:
@@ -166,7 +168,9 @@ class Product:
         batch: number of such products.
         share: of the product's operations that is needed: 1/2 where the result is symmetric or half of it is masked; more than 1 for a factorisation that is counted in units of a product.
         every: steps between.
-        route: of several ways to the same result, only the cheapest counts.
+        route: of several ways to the same result only the cheapest counts; operations are those of the route `""`.
+        task: what is computed, where a part of a layer has several products; each has its own routes.
+        conv: with the route `"convolution"`: what the layer convolves.
     """
 
     part: str
@@ -178,6 +182,8 @@ class Product:
     share: float = 1.0
     every: int = 1
     route: str = ""
+    task: str = ""
+    conv: tuple = ()
 
     @property
     def flops(self) -> float:
@@ -185,11 +191,6 @@ class Product:
         return 2.0 * self.m * self.k * self.n * self.batch * self.share / self.every
 
 # %% ../../nbs/lab/workloads.ipynb #32cb49ee
-def _repeat(part: str, l: Layer, products: Iterable[tuple[int, int, int]]) -> list[Product]:
-    share = 0.5 if l.kind == "attention" else 1.0
-    return [Product(part, l.name, *p, batch=l.copies, share=share) for p in products]
-
-
 def _shapes(l: Layer) -> tuple[list, list, list]:
     "Shapes of the forward products, of the weight's gradient and of the input's gradient."
     if l.kind == "attention":  # Q K^T, P V; then the gradients of V and P, and of Q and K
@@ -198,29 +199,48 @@ def _shapes(l: Layer) -> tuple[list, list, list]:
     return [(l.rows, l.inputs, l.outputs)], [(l.outputs, l.rows, l.inputs)], [] if l.first else [(l.rows, l.outputs, l.inputs)]
 
 
+TASKS = ("forward", "weight", "input")
+
+
+def _products(part: str, l: Layer, forward: int, weight: int, input: int, every: int = 1) -> list[Product]:
+    "So many products of each of the three tasks; a convolution's also by the convolution itself."
+    share, out = 0.5 if l.kind == "attention" else 1.0, []
+    for task, shapes, count in zip(TASKS, _shapes(l), (forward, weight, input)):
+        for shape in shapes * count:
+            out.append(Product(part, l.name, *shape, batch=l.copies, share=share, every=every, task=task))
+            if l.conv:
+                out.append(Product(part, l.name, *shape, every=every, route="convolution", task=task, conv=(task, *l.conv)))
+    return out
+
+
 def forward_pass(ls: Sequence[Layer]) -> list[Product]:
     "Products of a forward pass."
-    return [p for l in ls for p in _repeat("forward", l, _shapes(l)[0])]
+    return [p for l in ls for p in _products("forward", l, 1, 0, 0)]
 
 
 def backward_pass(ls: Sequence[Layer]) -> list[Product]:
     "Products of a gradient, after the forward pass."
-    return [p for l in ls for p in _repeat("backward", l, _shapes(l)[1] + _shapes(l)[2])]
+    return [p for l in ls for p in _products("backward", l, 0, 1, 1)]
 
 
-def input_chain(ls: Sequence[Layer]) -> list[Product]:
+def input_chain(ls: Sequence[Layer], every: int = 1) -> list[Product]:
     "Products that carry a cotangent back to the outputs of all layers, without any gradient of a weight."
-    return [p for l in ls for p in _repeat("sampled backward", l, _shapes(l)[2])]
+    return [p for l in ls for p in _products("sampled backward", l, 0, 0, 1, every)]
 
 
 def hessian_product(ls: Sequence[Layer]) -> list[Product]:
     "Products of `Hv`, after a forward and a backward pass."
-    return [p for l in ls for p in _repeat("Hessian product", l, [s for group in _shapes(l) for s in group * (1 if l.first else 2)])]
+    return [p for l in ls for p in _products("Hessian product", l, *((1, 1, 0) if l.first else (2, 2, 2)))]
 
 
 def ggn_product(ls: Sequence[Layer]) -> list[Product]:
     "Products of `Gv` with the generalized Gauss-Newton matrix, after a forward pass."
-    return [p for l in ls for p in _repeat("GGN product", l, _shapes(l)[0] * (1 if l.first else 2) + _shapes(l)[1] + _shapes(l)[2])]
+    return [p for l in ls for p in _products("GGN product", l, 1 if l.first else 2, 1, 1)]
+
+
+def operations(products: Iterable[Product]) -> float:
+    "Additions and multiplications a step, each result counted once."
+    return sum(p.flops for p in products if not p.route)
 
 # %% ../../nbs/lab/workloads.ipynb #3a003f78
 def kfac_factors(ls: Sequence[Layer], every: int = 1) -> list[Product]:
@@ -231,7 +251,7 @@ def kfac_factors(ls: Sequence[Layer], every: int = 1) -> list[Product]:
             continue
         n = l.inputs + l.bias
         out.append(Product("factor G", l.name, l.outputs, l.rows, l.outputs, share=0.5, every=every))
-        out.append(Product("factor A", l.name, n, l.rows, n, share=0.5, every=every, route="patches"))
+        out.append(Product("factor A", l.name, n, l.rows, n, share=0.5, every=every))
         if l.kind == "conv" and not l.step:
             channels, offsets = l.inputs // math.prod(l.kernel), math.prod(2 * k - 1 for k in l.kernel)
             out.append(Product("factor A", l.name, channels, l.rows, channels, batch=offsets, share=0.5, every=every, route="offsets"))
@@ -251,7 +271,7 @@ def kfac_application(ls: Sequence[Layer]) -> list[Product]:
 
 def kfac_floor(ls: Sequence[Layer], sampled: bool, observe_every: int = 1, refresh_every: int = 10) -> list[Product]:
     "All products of a step of K-FAC with sampled targets or the data's."
-    chain = [Product(p.part, p.layer, p.m, p.k, p.n, p.batch, p.share, observe_every) for p in input_chain(ls)] if sampled else []
+    chain = input_chain(ls, observe_every) if sampled else []
     return [*forward_pass(ls), *backward_pass(ls), *chain, *kfac_factors(ls, observe_every), *kfac_inverses(ls, refresh_every), *kfac_application(ls)]
 
 # %% ../../nbs/lab/workloads.ipynb #2d07e19b
@@ -276,9 +296,12 @@ def shampoo_parts(params: Iterable[Tensor], merge: int | None, block_size: int |
 LONGEST = 4096  # a side beyond this length is measured at this length
 
 
-def shape_class(p: Product) -> tuple[int, int, int, int]:
-    "What of a product decides its speed: `(batch, m, k, n)` with long sides cut."
-    return min(p.batch, 64) if max(p.m, p.n, p.k) <= 256 and not p.route else 1, *(min(side, LONGEST) for side in (p.m, p.k, p.n))
+def shape_class(p: Product) -> tuple:
+    "What of a product decides its speed: `(whose, batch, m, k, n)` with long sides cut, or the convolution itself."
+    if p.conv:
+        return p.conv
+    batch = min(p.batch, 64) if max(p.m, p.n, p.k) <= 256 and not p.route else 1
+    return "torch" if p.task else "any", batch, *(min(side, LONGEST) for side in (p.m, p.k, p.n))
 
 
 def ways(a: Tensor, b: Tensor) -> list[Callable[[], object]]:
@@ -292,25 +315,41 @@ def ways(a: Tensor, b: Tensor) -> list[Callable[[], object]]:
     return calls
 
 
-def product_call(shape: tuple[int, int, int, int], device="cpu") -> Callable[[], object]:
-    "A function that executes a product of a shape class on random numbers, by the fastest library there is."
-    batch, m, k, n = shape
+def convolution_call(task: str, x_shape, w_shape, stride, padding, dilation, device="cpu") -> Callable[[], object]:
+    "A function that convolves random numbers, or computes the gradient of weight or input."
+    x, w = torch.randn(x_shape, device=device), torch.randn(w_shape, device=device)
+    y = torch.conv2d(x, w, None, stride, padding, dilation)
+    if task == "forward":
+        return lambda: torch.conv2d(x, w, None, stride, padding, dilation)
+    wanted = [task == "input", task == "weight", False]
+    return lambda: torch.ops.aten.convolution_backward(y, x, w, None, stride, padding, dilation, False, [0, 0], 1, wanted)
+
+
+def product_call(shape: tuple, device="cpu") -> Callable[[], object]:
+    "A function that executes what a shape class stands for on random numbers, by the fastest library where the choice is free."
+    if shape[0] in TASKS:
+        return convolution_call(*shape, device=device)
+    whose, batch, m, k, n = shape
     a, b = (torch.randn(batch, *s, device=device) for s in ((m, k), (k, n)))
     if batch > 1:
         return lambda: torch.bmm(a, b)
     calls, often = ways(a[0], b[0]), max(1, min(50, 10**7 // (m * k * n)))
     quickest = lambda call: min(block_seconds(call, often, time.process_time) for _ in range(3))
-    return calls[0] if len(calls) == 1 else min(calls, key=quickest)
+    return calls[0] if whose == "torch" or len(calls) == 1 else min(calls, key=quickest)
 
-
+# %% ../../nbs/lab/workloads.ipynb #fa992e53
 def price(products: Iterable[Product], seconds: dict[tuple, float]) -> dict[tuple[str, str], float]:
-    """Seconds a step of every (part, layer) at the measured speed, the cheapest route of each.
+    """Seconds a step of every (part, layer) at the measured speed, the cheapest route of each task.
 
     Args:
         seconds: shape class -> seconds of one execution of `product_call`.
     """
-    routes: dict[tuple[str, str], dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    routes: dict[tuple, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for p in products:
         shape = shape_class(p)
-        routes[p.part, p.layer][p.route] += p.flops * seconds[shape] / (2.0 * math.prod(shape))
-    return {key: min(ways.values()) for key, ways in routes.items()}
+        measured = p.m * p.k * p.n if p.conv else math.prod(shape[1:])
+        routes[p.part, p.layer, p.task][p.route] += p.flops * seconds[shape] / (2.0 * measured)
+    total: dict[tuple[str, str], float] = defaultdict(float)
+    for (part, layer, _), costs in routes.items():
+        total[part, layer] += min(costs.values())
+    return dict(total)
