@@ -264,7 +264,7 @@ def _refuse_nonfinite(self: CurvatureOptimizer, loss: Tensor | None, grads: list
     values = [loss.detach()] if isinstance(loss, Tensor) else []
     dtype = torch.float64 if any(v.dtype == torch.float64 for v in (*values, *grads)) else torch.float32
     all_finite = lambda numbers: torch.stack([v.to(dtype) for v in (*values, *numbers)]).isfinite().all()
-    if grads[0].device.type == "cpu" and all_finite([g.sum() for g in grads]):  # a sum is not finite if a term is not; the largest entry takes a processor far longer
+    if grads[0].device.type == "cpu" and all_finite(torch._foreach_norm(grads)):  # not finite if an entry is not; the largest entry takes a processor far longer
         return
     finite = all_finite(torch._foreach_norm(grads, float("inf")))
     if finite.device.type == "cpu":
@@ -355,7 +355,7 @@ def _rescale(self: CurvatureOptimizer, active: Active, directions: list[list[Ten
     for name, power in (("kl_clip", 1), ("max_norm", 2)):
         if group[name] is not None:
             flat = [(d, g if name == "kl_clip" else d) for ds, (_, _, grads) in zip(directions, active) for d, g in zip(ds, grads)]
-            size = group["lr"] ** 2 * torch.stack([(d * other).sum() for d, other in flat]).sum().abs()
+            size = group["lr"] ** 2 * torch.stack([torch.dot(d.reshape(-1), other.reshape(-1)) for d, other in flat]).sum().abs()
             factor = (group[name] ** power / size.clamp(min=1e-38)).sqrt().clamp(max=1.0)
             for i, ds in enumerate(directions):
                 directions[i] = torch._foreach_mul(ds, factor)
