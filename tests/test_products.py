@@ -93,7 +93,6 @@ def test_symmetric_products_of_any_layout(layout, dtype, tensor):
     expected[:, :n, :n] += 0.3 * M.double() @ M.double().mT
     assert (whole.double() - expected).abs().max() < {torch.float32: 1e-4, torch.float64: 1e-12, torch.bfloat16: 1.0}[dtype]
     assert M.shape[-1] == 0 or (whole - before).abs().max() > 0.05
-    assert n <= NARROW or dtype == torch.bfloat16 or torch.equal(whole[:, STRIP:, :STRIP], whole[:, :STRIP, STRIP:].mT)
 
 
 def test_shapes_that_do_not_fit_change_nothing():

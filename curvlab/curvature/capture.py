@@ -149,7 +149,7 @@ def input_sum(block: LayerBlock, module: nn.Module, x: Tensor) -> Tensor:
     sites = math.prod((n - d * (k - 1) - 1) // s + 1 for n, d, k, s in zip(padded(module, x[:1]).shape[2:], module.dilation, module.kernel_size, module.stride))
     return total if block.bias is None else F.pad(total, (0, 1), value=float(sites))
 
-
+# %% ../../nbs/curvature/capture.ipynb #2aba24eb
 EVERY = slice(None)
 
 
@@ -196,7 +196,7 @@ def input_gram(block: LayerBlock, module: nn.Module, x: Tensor, dtype: torch.dty
         A[:, n, n] *= len(x)
     return A if before is None else before.add_(A)
 
-
+# %% ../../nbs/curvature/capture.ipynb #37670d54
 def output_rows(module: nn.Module, g: Tensor) -> Tensor:
     "Output-gradients as rows `(groups, B, T, out / groups)`."
     if isinstance(module, nn.Linear):

@@ -94,6 +94,8 @@ def add_gram_(out: Tensor, M: Tensor, alpha: Tensor | float = 1.0) -> Tensor:
         for one, rows in zip(out, M):
             _add_strips_(one, rows, alpha)
         return out
+    if not isinstance(alpha, Tensor) and not other_library(M, M.mT):
+        return out.baddbmm_(M, M.mT, alpha=alpha)
     new, number = scaled(product(M, M.mT), alpha)
     return out.add_(new, alpha=number)
 
