@@ -4,7 +4,9 @@ import torch
 from fake_device import DEVICE, fake_device, no_host_reads
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from curvlab.curvature.capture import input_gram, input_rows, layer_blocks
 from curvlab.curvature.products import KEPT, LEAST, NARROW, STRIP, add_gram_, gram, product, spd_inverse, transposed
 
 
@@ -134,3 +136,17 @@ def test_kept_memory_is_reused_and_results_are_not_in_it():
     torch.testing.assert_close(gram(first), copy)
     wide = torch.zeros(2, KEPT // 2 + 1)
     assert transposed(wide, "rows").data_ptr() != transposed(first[0, 0], "rows").data_ptr()
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 7), (5, 6, 7), (4, 3, 2, 7)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_input_factor_of_a_linear_layer_without_longer_rows(shape, bias):
+    "The border is the sum of the inputs and their number; some positions stand for all."
+    layer, x = nn.Linear(7, 3, bias=bias), random(*shape)
+    block, = layer_blocks(layer)
+    rows = input_rows(block, layer, x)
+    total = input_gram(block, layer, x, torch.double)
+    torch.testing.assert_close(total, gram(rows))
+    assert input_gram(block, layer, x, torch.double, total, slice(1, None, 2)) is total
+    kept = rows[:, :, 1::2] if rows.shape[2] > 1 else rows
+    torch.testing.assert_close(total, gram(rows) + rows.shape[2] / kept.shape[2] * gram(kept))
