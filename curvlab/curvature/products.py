@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 
 import torch
-from scipy.linalg import get_lapack_funcs
 from torch import Tensor
 
 # %% auto #0
@@ -109,6 +108,7 @@ def gram(rows: Tensor, before: Tensor | None = None, factor: Tensor | float | No
 # %% ../../nbs/curvature/products.ipynb #bd60c462
 def host_inverse(M: Tensor) -> Tensor | None:
     "Inverse of one symmetric positive definite matrix by SciPy's LAPACK; `None` if it is not numerically definite."
+    from scipy.linalg import get_lapack_funcs   # here, since importing SciPy takes longer than importing all of this package
     potrf, potri = get_lapack_funcs(("potrf", "potri"), dtype=M.numpy().dtype)
     L, failed = potrf(M.numpy().T, lower=True, clean=True)  # a symmetric matrix is its own transpose, which is in the order LAPACK wants
     if failed:
