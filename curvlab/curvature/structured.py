@@ -15,37 +15,12 @@ from scipy.linalg import get_lapack_funcs
 from torch import Tensor
 
 from .roots import eigendecomposition
+from ..products import LEAST, product
 
 # %% auto #0
-__all__ = ['LEAST', 'NARROW', 'STRIP', 'KEPT', 'scratch', 'other_library', 'dense', 'product', 'host_inverse', 'spd_inverse',
-           'add_diagonal', 'transposed', 'gram', 'as_columns', 'Dense', 'Diagonal', 'pi_of', 'ratio_root', 'Kronecker',
-           'KroneckerEigen', 'KroneckerDiagonal', 'LowRankDiagonal', 'BlockDiagonal', 'KroneckerDifference',
-           'BlockTridiagonal']
-
-# %% ../../nbs/curvature/structured.ipynb #80d3c594
-LEAST = 64  # sides below which another library's call costs more than it saves
-
-
-def other_library(x: Tensor, y: Tensor) -> bool:
-    "Whether `x @ y`, for plain matrices, is left to oneDNN."
-    plain = type(x) is Tensor and type(y) is Tensor and x.dtype == y.dtype == torch.float32 and x.device.type == y.device.type == "cpu"
-    if not plain or min(*x.shape, *y.shape) < LEAST or torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        return False
-    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def dense(x: Tensor) -> Tensor:
-    "`x` itself where its entries, or those of its transpose, follow each other in memory, else a copy: on anything else oneDNN is slow."
-    return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
-
-
-def product(x: Tensor, y: Tensor) -> Tensor:
-    "`x @ y` for `(..., m, k)` and `(..., k, n)`, by the faster library."
-    if x.ndim == y.ndim > 2 and x.shape[:-2].numel() == y.shape[:-2].numel() == 1:
-        return product(x.flatten(0, -2), y.flatten(0, -2)).view(*x.shape[:-1], y.shape[-1])
-    if x.ndim == y.ndim == 2 and x.shape[1] == y.shape[0] and other_library(x, y):
-        return torch.ops.mkldnn._linear_pointwise(dense(x), dense(y.mT), None, "none", [], "")
-    return x @ y
+__all__ = ['NARROW', 'STRIP', 'KEPT', 'scratch', 'host_inverse', 'spd_inverse', 'add_diagonal', 'transposed', 'gram',
+           'as_columns', 'Dense', 'Diagonal', 'pi_of', 'ratio_root', 'Kronecker', 'KroneckerEigen', 'KroneckerDiagonal',
+           'LowRankDiagonal', 'BlockDiagonal', 'KroneckerDifference', 'BlockTridiagonal']
 
 # %% ../../nbs/curvature/structured.ipynb #f698b8f5
 def host_inverse(M: Tensor) -> Tensor | None:
