@@ -16,11 +16,12 @@ LEAST = 64  # sides below which another library's call costs more than it saves
 
 
 def other_library(x: Tensor, y: Tensor) -> bool:
-    "Whether `x @ y`, for plain matrices, is left to oneDNN."
-    plain = type(x) is Tensor and type(y) is Tensor and x.dtype == y.dtype == torch.float32 and x.device.type == y.device.type == "cpu"
-    if not plain or min(*x.shape, *y.shape) < LEAST or torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        return False
-    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    "Whether `x @ y`, for two plain matrices, is left to oneDNN."
+    for t in (x, y):
+        plain = type(t) in (Tensor, nn.Parameter) and t.ndim == 2 and t.dtype == torch.float32 and t.device.type == "cpu" and min(t.shape) >= LEAST
+        if not plain or torch._C._functorch.is_functorch_wrapped_tensor(t) or torch._C._functorch.is_legacy_batchedtensor(t):
+            return False
+    return x.shape[1] == y.shape[0] and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def dense(x: Tensor) -> Tensor:
@@ -32,7 +33,7 @@ def product(x: Tensor, y: Tensor) -> Tensor:
     "`x @ y` for `(..., m, k)` and `(..., k, n)`, by the faster library."
     if x.ndim == y.ndim > 2 and x.shape[:-2].numel() == y.shape[:-2].numel() == 1:
         return product(x.flatten(0, -2), y.flatten(0, -2)).view(*x.shape[:-1], y.shape[-1])
-    if x.ndim == y.ndim == 2 and x.shape[1] == y.shape[0] and other_library(x, y):
+    if other_library(x, y) and not (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)):
         return torch.ops.mkldnn._linear_pointwise(dense(x), dense(y.mT), None, "none", [], "")
     return x @ y
 
@@ -42,7 +43,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, y: Tensor) -> Tensor:
-        return product(x.detach(), y.detach())
+        return product(x, y)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -68,7 +69,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, W: Tensor, b: Tensor | None, constants: bool) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(dense(x.detach()), dense(W.detach()), b, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(dense(x), dense(W), None if b is None else b.contiguous(), "none", [], "")  # it does not look at the strides of b
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -90,11 +91,10 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None = None, constants: bool = Fals
         W, b: `(out, in)` and `(out,)`.
         constants: the gradient will be differentiated with respect to its cotangent only: `x` and `W` are constants there.
     """
-    if x.ndim < 2 or W.ndim != 2 or x.shape[-1] != W.shape[1] or torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled("cpu"):
-        return None
-    if b is not None and not (b.shape == W.shape[:1] and b.dtype == W.dtype and b.device == W.device):
+    biased = b is None or type(b) in (Tensor, nn.Parameter) and (b.shape, b.dtype, b.device) == (W.shape[:1], W.dtype, W.device)
+    if not biased or x.ndim < 2 or torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled("cpu"):
         return None
     rows = x.reshape(-1, x.shape[-1])
-    if type(W) not in (Tensor, nn.Parameter) or not other_library(rows.detach(), W.detach().mT):
+    if W.ndim != 2 or not other_library(rows, W.mT):
         return None
     return _Linear.apply(rows, W, b, constants).view(*x.shape[:-1], len(W))
