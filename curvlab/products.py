@@ -97,4 +97,5 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None = None, constants: bool = Fals
     rows = x.reshape(-1, x.shape[-1])
     if W.ndim != 2 or not other_library(rows, W.mT):
         return None
-    return _Linear.apply(rows, W, b, constants).view(*x.shape[:-1], len(W))
+    y = _Linear.apply(rows, W, b, constants)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], len(W))
