@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['LEAST', 'other_library', 'dense', 'product', 'linear']
+__all__ = ['LEAST', 'WORTH', 'other_library', 'dense', 'product', 'linear']
 
 # %% ../nbs/products.ipynb #92916172
 LEAST = 64  # sides below which another library's call costs more than it saves
@@ -83,8 +83,11 @@ class _Linear(torch.autograd.Function):
         return _Product.apply(y_bar, W) if to_x else None, _Product.apply(y_bar.mT, x) if to_W else None, y_bar.sum(0) if to_b else None, None
 
 
+WORTH = 2**23  # multiplications in a layer from which on it pays for functions that are written in Python
+
+
 def linear(x: Tensor, W: Tensor, b: Tensor | None = None, constants: bool = False) -> Tensor | None:
-    """`x W' + b` by the faster library, differentiable backwards, or `None` where PyTorch's own function is the better one (see `other_library`; also under autocast and the transforms of `torch.func`).
+    """`x W' + b` by the faster library, differentiable backwards, or `None` where PyTorch's own function is the better one (less than `WORTH` multiplications, what `other_library` refuses; also under autocast and the transforms of `torch.func`).
 
     Args:
         x: `(..., in)`.
@@ -95,7 +98,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None = None, constants: bool = Fals
     if not biased or x.ndim < 2 or torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled("cpu"):
         return None
     rows = x.reshape(-1, x.shape[-1])
-    if W.ndim != 2 or not other_library(rows, W.mT):
+    if W.ndim != 2 or len(rows) * W.numel() < WORTH or not other_library(rows, W.mT):
         return None
     y = _Linear.apply(rows, W, b, constants)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], len(W))

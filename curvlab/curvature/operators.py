@@ -219,7 +219,8 @@ def product(self: NetworkOperator, vs: list[Tensor]) -> Tensor:
     total = None
     for share, closure in self.data:
         local = None
-        for part, graph in enumerate(closure._graphs(self.cost)):
+        alone = not self._convolves or len(vs[0]) == 1 or self._columns(closure, 0) == 1  # the second backward pass of convolutions that is quick for one vector is not for many
+        for part, graph in enumerate(closure._graphs(self.cost if alone else None)):
             new = self.in_slices(closure, part, self.on_graph(closure, part, graph), vs, self.params)
             local = new if local is None else local.add_(new)
         setattr(self.objective.cost, self.cost, getattr(self.objective.cost, self.cost) + closure.size * len(vs[0]))
