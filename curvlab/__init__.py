@@ -8,6 +8,6 @@ def __getattr__(name):
 
     if name in ("Objective", "Closure"):
         return getattr(importlib.import_module("curvlab.objective"), name)
-    if name in ("curvature", "lab", "ledger", "objective", "likelihood", "replay", "optim"):
+    if name in ("curvature", "lab", "ledger", "objective", "likelihood", "products", "replay", "optim"):
         return importlib.import_module(f"curvlab.{name}")
     raise AttributeError(f"module 'curvlab' has no attribute {name!r}")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .likelihood import Likelihood, cotangents, likelihood_of
-from .replay import ConvolutionsTwice, RandomState, bare, breaks_off, differentiable_twice, say_once, throwaway_buffers, wrapped
+from .replay import QuickLayers, RandomState, bare, breaks_off, differentiable_twice, say_once, throwaway_buffers, wrapped
 
 # %% auto #0
 __all__ = ['Cost', 'Evaluation', 'Objective', 'Closure', 'evaluate', 'undo_buffers', 'mean_', 'release', 'require_unbroken',
@@ -327,8 +327,8 @@ def _train(self: Closure, observers: Sequence[Any], second_order: bool, keep_gra
     total = 0.0
     for i, share in enumerate(self.shares):
         with self._replay(i, move_buffers=not self._trained), torch.enable_grad():
-            quick = ConvolutionsTwice(linear=not second_order)
-            with contextlib.ExitStack() as stack, self._context(second_order or keep_graph), quick if keep else contextlib.nullcontext():
+            quick = QuickLayers(twice=keep, linear=keep and not second_order)
+            with contextlib.ExitStack() as stack, self._context(second_order or keep_graph), quick:
                 for o in observers:
                     stack.enter_context(o.recording())
                 evaluation, loss = self._forward(i, share, inner)
@@ -370,7 +370,7 @@ def _value(self: Closure) -> Tensor:
     "The loss alone, without a graph."
     total = 0.0
     for i, share in enumerate(self.shares):
-        with self._replay(i, move_buffers=False), torch.no_grad(), self._context(False):
+        with self._replay(i, move_buffers=False), torch.no_grad(), self._context(False), QuickLayers(twice=False):
             total = total + self._forward(i, share, True)[1]
     self.objective.cost.evaluations += 1
     return self.mean_([total])[0]
@@ -414,8 +414,8 @@ def _graphs(self: Closure, product: str | None = None) -> Iterator[_Graph]:
         yield self._graph[1]
         return
     for i, share in enumerate(self.shares):
-        quick = ConvolutionsTwice(linear=product == "ggnvp")
-        with self._replay(i, move_buffers=False), torch.enable_grad(), self._context(True), quick if product else contextlib.nullcontext():
+        quick = QuickLayers(twice=product is not None, linear=product == "ggnvp")
+        with self._replay(i, move_buffers=False), torch.enable_grad(), self._context(True), quick:
             evaluation, loss = self._forward(i, share, True)
         graph = _Graph(evaluation, loss, self.params)
         graph.linear = quick.linear and quick.changed

@@ -17,8 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
+from .products import linear
+
 # %% auto #0
-__all__ = ['log', 'say_once', 'wrapped', 'bare', 'differentiable_twice', 'ConvolutionsTwice', 'breaks_off', 'RandomState',
+__all__ = ['log', 'say_once', 'wrapped', 'bare', 'differentiable_twice', 'QuickLayers', 'breaks_off', 'RandomState',
            'throwaway_buffers']
 
 # %% ../nbs/replay.ipynb #b71ed7e4
@@ -126,27 +128,31 @@ class _ConvolutionBackward(torch.autograd.Function):
         return to_y, to_x, to_W, None, None, None, None, None
 
 # %% ../nbs/replay.ipynb #1a9db40e
-class ConvolutionsTwice(TorchFunctionMode):
-    """Around a forward pass on a CPU whose gradient will be differentiated *backwards*: convolutions get the quick second backward pass (which has no forward mode).
+class QuickLayers(TorchFunctionMode):
+    """Around a forward pass on a CPU that will be differentiated *backwards*, if at all (what it puts in has no forward mode): large linear layers take the quicker products, and convolutions the quick second backward pass.
 
     Args:
-        linear: the gradient will only be differentiated in the cotangent that it is linear in (for products with the Jacobian): the second pass takes images and kernels for constants.
+        twice: the gradient will be differentiated; otherwise convolutions are left alone, they have nothing to gain.
+        linear: the gradient will only be differentiated in the cotangent that it is linear in (for products with the Jacobian): the second pass takes inputs and weights for constants.
 
     Attributes:
-        changed: whether a convolution was met.
+        changed: whether a layer was met.
     """
 
-    def __init__(self, linear: bool = False):
+    def __init__(self, twice: bool = True, linear: bool = False):
         super().__init__()
-        self.linear, self.changed = linear, False
+        self.twice, self.linear, self.changed = twice, linear, False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d) and not kwargs and len(args) == 7:
+        quick = None
+        if func is nn.functional.linear and not kwargs and not torch.compiler.is_compiling():
+            quick = linear(*args, constants=self.linear)
+        elif self.twice and func in (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d) and not kwargs and len(args) == 7:
             x, W, b, stride, padding, dilation, groups = args
             if x.device.type == "cpu" and x.ndim == W.ndim and not isinstance(padding, str) and not torch.is_autocast_enabled("cpu"):
-                self.changed = True
-                return _Convolution.apply(x, W, b, self.linear, list(stride), list(padding), list(dilation), groups)
-        return func(*args, **(kwargs or {}))
+                quick = _Convolution.apply(x, W, b, self.linear, list(stride), list(padding), list(dilation), groups)
+        self.changed = self.changed or quick is not None
+        return func(*args, **(kwargs or {})) if quick is None else quick
 
 # %% ../nbs/replay.ipynb #828ff8ce
 def breaks_off(grads: Iterable[Tensor | None]) -> bool:

@@ -131,9 +131,9 @@ class Conv(nn.Module):
         return self.last(self.drop(torch.relu(self.norm(self.conv(x))).mean((2, 3))))
 
 
-def conv(dtype=torch.float32, dropout=0.0):
-    x = inputs(16, 2, 6, 6, dtype=dtype)
-    return Problem(seeded(lambda: Conv(dropout), dtype), CE(), x, classes(x))
+def conv(dtype=torch.float32, dropout=0.0, seed=0):
+    x = inputs(16, 2, 6, 6, seed=seed, dtype=dtype)
+    return Problem(seeded(lambda: Conv(dropout), dtype, seed), CE(), x, classes(x))
 
 
 class Block(nn.Module):

@@ -47,8 +47,11 @@ class Estimate:
 
 
 def random_signs(shape: Sequence[int], generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
-    "Independent entries +1 and -1 with equal probability (Rademacher)."
-    return torch.randint(0, 2, tuple(shape), generator=generator, device=device, dtype=torch.int8).mul_(2).sub_(1).to(dtype)
+    "Independent entries +1 and -1 with equal probability (Rademacher): one bit of a random word each."
+    n = math.prod(shape)
+    words = torch.randint(-(2**63), 2**63 - 1, (-(-n // 64),), generator=generator, device=device)
+    bits = words.view(torch.uint8) >> torch.arange(8, dtype=torch.uint8, device=device)[:, None]
+    return bits.bitwise_and_(1).view(-1)[:n].to(dtype).mul_(2).sub_(1).view(tuple(shape))
 
 
 DISTRIBUTIONS = ("signs", "normal")

@@ -63,7 +63,7 @@ class Jacobian(NetworkOperator):
         y = torch.zeros(len(_first_tensor(x)), device=_first_tensor(x).device) if batch else None
         super().__init__(_outputs_only(objective), x, y, chunk, progress)
         for _, closure in self.data:
-            for graph in closure._graphs():
+            for graph in closure._graphs("ggnvp"):
                 self.output_shape = graph.evaluation.outputs.shape[1:]
             break
         self.shape = (self.data.size * self.output_shape.numel(), self.shape[1])
@@ -79,7 +79,7 @@ class Jacobian(NetworkOperator):
 def _matmat(self: Jacobian, V: Tensor) -> Tensor:
     vs, parts = rows_of(V, self.params), []
     for _, closure in self.data:
-        for part, graph in enumerate(closure._graphs()):
+        for part, graph in enumerate(closure._graphs("ggnvp")):
             self._rows(graph, part, closure)
             multiply = lambda vs, batched: [self.push(closure, part, graph, vs, batched)]
             parts.append(self.in_slices(closure, part, multiply, vs, [graph.evaluation.outputs]))
@@ -90,7 +90,7 @@ def _matmat(self: Jacobian, V: Tensor) -> Tensor:
 def _rmatmat(self: Jacobian, U: Tensor) -> Tensor:
     start, total = 0, None
     for _, closure in self.data:
-        for part, graph in enumerate(closure._graphs()):
+        for part, graph in enumerate(closure._graphs("ggnvp")):
             outputs, stop = graph.evaluation.outputs, start + self._rows(graph, part, closure)
             multiply = lambda us, batched: self.pull(graph, us[0], batched)
             new = self.in_slices(closure, part, multiply, rows_of(U[start:stop], [outputs]), self.params)
@@ -121,7 +121,7 @@ def row_blocks(self: Jacobian) -> Iterator[Tensor]:
     "The rows of the Jacobian `(R, n)`, a part (chunk, batch) at a time."
     generator = torch.Generator(self.device).manual_seed(0)
     for _, closure in self.data:
-        for part, graph in enumerate(closure._graphs()):
+        for part, graph in enumerate(closure._graphs("ggnvp")):
             self.objective.cost.per_example += len(closure.parts[part][1])
             size = self._rows(graph, part, closure)
             u = torch.randn(graph.evaluation.outputs.shape, generator=generator, device=self.device).to(graph.evaluation.outputs.dtype)

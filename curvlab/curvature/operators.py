@@ -219,7 +219,8 @@ def product(self: NetworkOperator, vs: list[Tensor]) -> Tensor:
     total = None
     for share, closure in self.data:
         local = None
-        for part, graph in enumerate(closure._graphs()):
+        alone = not self._convolves or len(vs[0]) == 1 or self._columns(closure, 0) == 1  # the second backward pass of convolutions that is quick for one vector is not for many
+        for part, graph in enumerate(closure._graphs(self.cost if alone else None)):
             new = self.in_slices(closure, part, self.on_graph(closure, part, graph), vs, self.params)
             local = new if local is None else local.add_(new)
         setattr(self.objective.cost, self.cost, getattr(self.objective.cost, self.cost) + closure.size * len(vs[0]))
@@ -525,7 +526,7 @@ class Covariance(NetworkOperator):
         if self._mean is None or self._mean[0] != key:
             total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
             for share, closure in self.data:
-                parts = [torch.autograd.grad(g.loss, self.params, retain_graph=True, allow_unused=True) for g in closure._graphs()]
+                parts = [torch.autograd.grad(g.loss, self.params, retain_graph=True, allow_unused=True) for g in closure._graphs("ggnvp")]
                 sums = [torch.stack([torch.zeros_like(p) if g is None else g for g in gs]).sum(0) for p, gs in zip(self.params, zip(*parts))]
                 total += share * flat(closure.mean_(sums))
             self._mean = key, total
