@@ -15,6 +15,7 @@ from curvlab.replay import QuickLayers
 def every_layer_is_worth_it(monkeypatch):
     "Small layers are quick to test."
     monkeypatch.setattr(products, "WORTH", 0)
+    monkeypatch.setattr(products, "WORK", 0)
 
 
 def relative(a, b):
