@@ -96,11 +96,13 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None = None, constants: bool = Fals
         W, b: `(out, in)` and `(out,)`.
         constants: the gradient will be differentiated with respect to its cotangent only: `x` and `W` are constants there.
     """
+    if x.ndim < 2 or W.ndim != 2 or x.numel() * len(W) < WORTH:
+        return None
     biased = b is None or type(b) in (Tensor, nn.Parameter) and (b.shape, b.dtype, b.device) == (W.shape[:1], W.dtype, W.device)
-    if not biased or x.ndim < 2 or torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled("cpu"):
+    if not biased or torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled("cpu"):
         return None
     rows = x.reshape(-1, x.shape[-1])
-    if W.ndim != 2 or len(rows) * W.numel() < WORTH or not other_library(rows, W.mT):
+    if not other_library(rows, W.mT):
         return None
     y = _Linear.apply(rows, W, b, constants)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], len(W))
