@@ -8,6 +8,7 @@ METHODS = {
     "Shampoo": "shampoo",
     "AdaHessian": "adahessian",
     "HessianFree": "hessian_free",
+    "MultidimBacktracking": "multidim_backtracking",
     "NaturalGradient": "natural_gradient", "TruncatedNaturalGradient": "natural_gradient", "NaturalConjugateGradient": "natural_gradient",
     "Vadam": "bayes", "VOGN": "bayes", "Vprop": "bayes", "VadaGrad": "bayes",
 }
