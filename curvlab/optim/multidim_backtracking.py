@@ -203,14 +203,14 @@ MultidimBacktracking.backtrack, MultidimBacktracking._judge, MultidimBacktrackin
 MultidimBacktracking._keep, MultidimBacktracking.cut = _keep, _cut
 
 # %% ../../nbs/optim/multidim_backtracking.ipynb #456c91ac
-def optimal_diagonal(H: Tensor, rounds: int = 8) -> tuple[Tensor, float]:
+def optimal_diagonal(H: Tensor, rounds: int = 16) -> tuple[Tensor, float]:
     """Step sizes `p` with the least `kappa` such that `diag(p)^-1 / kappa <= H <= diag(p)^-1` (Kunstner et al. 2023, definition 2.1), by smoothing.
 
     Args:
         H: symmetric positive definite `(d, d)`, float64, small.
         rounds: the smoothing temperature is halved that often.
 
-    Returns: `p` of shape `(d,)`, and its `kappa`: an upper bound on the optimum, tight to about `log(d) / 2^rounds`, relatively.
+    Returns: `p` of shape `(d,)`, and its `kappa`: an upper bound on the optimum, above it by at most about the factor `1 + log(d) / 2^rounds`.
     """
     t = (-H.diagonal().log()).detach().clone().requires_grad_()
     log_eigenvalues = lambda t: torch.linalg.eigvalsh((t / 2).exp()[:, None] * H * (t / 2).exp()).log()
