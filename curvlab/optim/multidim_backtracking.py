@@ -170,6 +170,9 @@ def backtrack(self: MultidimBacktracking) -> dict[int, Tensor]:
     return {id(p): d for p, d in zip(here.params, accepted)}
 
 
+MultidimBacktracking.backtrack = backtrack
+
+# %% ../../nbs/optim/multidim_backtracking.ipynb #01e35df2
 def _judge(self: MultidimBacktracking, here: _Here, move: list[Tensor]) -> str:
     "Evaluate `x - move`: accepted, rejected or held."
     value = here.value_at(move)
@@ -199,8 +202,7 @@ def _cut(self: MultidimBacktracking, b: list[Tensor], u: list[Tensor]) -> list[T
     return cut(self.set, b, u)
 
 
-MultidimBacktracking.backtrack, MultidimBacktracking._judge, MultidimBacktracking._half_space = backtrack, _judge, _half_space
-MultidimBacktracking._keep, MultidimBacktracking.cut = _keep, _cut
+MultidimBacktracking._judge, MultidimBacktracking._half_space, MultidimBacktracking._keep, MultidimBacktracking.cut = _judge, _half_space, _keep, _cut
 
 # %% ../../nbs/optim/multidim_backtracking.ipynb #456c91ac
 def optimal_diagonal(H: Tensor, rounds: int = 16) -> tuple[Tensor, float]:
