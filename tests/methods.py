@@ -22,6 +22,8 @@ UNPERTURBED = {name: {"temperature": 0.0} for name in ("Vadam", "VOGN", "Vprop",
 # Truncated natural gradients: the solver stops by the residual, the damping follows from the loss, and the plane search compares losses.
 HOST_DECISIONS = {"HessianFree": {"cg", "loss_at", "solve"}} | {name: {"minres", "loss_at", "_adapt_damping"} for name in ("TruncatedNaturalGradient", "NaturalConjugateGradient")}
 SHORT = {name: {"max_iter": 3} for name in HOST_DECISIONS}  # where such decisions are made up
+# Multidimensional backtracking: each trial is judged by its loss, and a cut is made only where it separates.
+HOST_DECISIONS["MultidimBacktracking"], SHORT["MultidimBacktracking"] = {"_judge", "_half_space"}, {"max_trials": 3}
 
 # Line searches compare losses and slopes.
 HOST_DECISIONS |= {name: {"_measured", "value_and_slope"} for name in ("LBFGS", "SR1", "Newton")}

@@ -9,6 +9,7 @@ METHODS = {
     "Shampoo": "shampoo",
     "AdaHessian": "adahessian",
     "HessianFree": "hessian_free",
+    "MultidimBacktracking": "multidim_backtracking",
     "NaturalGradient": "natural_gradient", "TruncatedNaturalGradient": "natural_gradient", "NaturalConjugateGradient": "natural_gradient",
     "Vadam": "bayes", "VOGN": "bayes", "Vprop": "bayes", "VadaGrad": "bayes",
     "LBFGS": "quasi_newton", "SR1": "quasi_newton", "Newton": "quasi_newton",
