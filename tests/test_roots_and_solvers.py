@@ -158,3 +158,21 @@ def test_minres_takes_lists_and_refuses_what_is_wrong():
             minres(lambda v: v, b, **bad)
     with pytest.raises(FloatingPointError):
         minres(lambda v: v * torch.nan, b)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_single_precision_lapack_gives_up_and_double_precision_goes_on(seed):
+    """Entries over forty orders of magnitude: LAPACK in float32 fails on most such matrices, with an error or with NaN."""
+    torch.manual_seed(seed)
+    x = torch.randn(8, 128) * torch.logspace(0, -22, 128)
+    A = x.T @ x
+    values, vectors = eigendecomposition(A, torch.float32)
+    assert values.isfinite().all() and ((vectors * values) @ vectors.T - A).norm() < 1e-5 * A.norm()
+
+
+def test_nan_without_an_error_is_noticed(monkeypatch):
+    torch.manual_seed(0)
+    A, eigh = torch.randn(2, 5, 5), torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda M: (eigh(M)[0] * torch.nan, eigh(M)[1]) if M.dtype == torch.float32 else eigh(M))
+    values, _ = eigendecomposition(A @ A.mT, torch.float32)
+    assert torch.allclose(values, eigh((A @ A.mT).double())[0].float(), rtol=1e-4, atol=1e-5)

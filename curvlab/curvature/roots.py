@@ -31,7 +31,7 @@ def eigendecomposition(M: Tensor, dtype: torch.dtype = torch.float64) -> tuple[T
 
     Args:
         M: `(..., n, n)`; the symmetric part is used. A matrix with an entry that is not finite gets NaN eigenvalues.
-        dtype: precision of the computation and of the results. Where LAPACK does not converge, float64 is tried before giving up.
+        dtype: precision of the computation and of the results. Where LAPACK does not converge or, on a processor, returns NaN, float64 is tried before giving up.
 
     Raises:
         ValueError: `M` is not a stack of real square matrices.
@@ -43,9 +43,13 @@ def eigendecomposition(M: Tensor, dtype: torch.dtype = torch.float64) -> tuple[T
     A = torch.where(finite[..., None, None], A, torch.eye(A.shape[-1], dtype=dtype, device=A.device))
     try:
         values, vectors = torch.linalg.eigh(A)
+        # LAPACK in single precision may also say that all is well and return NaN; where it costs nothing to look, we look
+        failed = dtype != torch.float64 and A.device.type == "cpu" and not values.isfinite().all()
     except torch.linalg.LinAlgError:
         if dtype == torch.float64:
             raise
+        failed = True
+    if failed:
         values, vectors = (part.to(dtype) for part in torch.linalg.eigh(A.double()))
     return torch.where(finite[..., None], values, torch.nan), vectors
 
