@@ -7,7 +7,7 @@ from fake_device import DEVICE, fake_device, no_host_reads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curvlab.curvature.roots import METHODS, RIDGES, grouped, inverse_root, power, root_residual
+from curvlab.curvature.roots import METHODS, RIDGES, eigendecomposition, grouped, inverse_root, power, root_residual
 from curvlab.curvature.solvers import cg, lanczos, martens_stop, minres
 
 few = settings(max_examples=25, deadline=None)
