@@ -190,6 +190,7 @@ ALLOWED = {
     ("curvature/solvers.py", "cg"): "an iterative solver decides on the host whether to stop: one read an iteration, and the docstring says so",
     ("curvature/solvers.py", "minres"): "as `cg`: one read an iteration",
     ("optim/hessian_free.py", "solve"): "damping and backtracking compare losses on the host, once a step, as the method is defined",
+    ("optim/coordinate.py", "gs_1_reference"): "the slow reference hands a small problem to SciPy",
     ("optim/engine.py", "_own_precision"): "asks whether the device has autocast, on the device's type and no tensor",
 }
 
