@@ -12,9 +12,25 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['Gaussians', 'Bernoullis', 'Mixture', 'expectation_maximization', 'textbook_em_step']
+__all__ = ['lower_triangle', 'symmetric', 'Gaussians', 'Bernoullis', 'CompleteMixture', 'Mixture', 'expectation_maximization',
+           'textbook_em_step']
 
 # %% ../../nbs/lab/mixtures.ipynb #ee27de96
+def lower_triangle(matrix: Tensor) -> Tensor:
+    "Lower triangle of `(..., d, d)` as `(..., d(d+1)/2)`, row by row."
+    i, j = torch.tril_indices(*matrix.shape[-2:], device=matrix.device)
+    return matrix[..., i, j]
+
+
+def symmetric(lower: Tensor) -> Tensor:
+    "The symmetric matrix `(..., d, d)` with this lower triangle."
+    d = math.isqrt(2 * lower.shape[-1])
+    i, j = torch.tril_indices(d, d, device=lower.device)
+    order = torch.zeros(d, d, dtype=torch.long, device=lower.device)
+    order[i, j] = order[j, i] = torch.arange(len(i), device=lower.device)
+    return lower[..., order]
+
+# %% ../../nbs/lab/mixtures.ipynb #4fe89818
 @dataclass(frozen=True)
 class Gaussians:
     """Gaussians in `d` dimensions with full covariance, as an exponential family of p = d + d(d+1)/2 parameters.
@@ -29,25 +45,13 @@ class Gaussians:
         "Parameters of one component."
         return self.d + self.d * (self.d + 1) // 2
 
-    def lower(self, matrix: Tensor) -> Tensor:
-        "Lower triangle of `(..., d, d)` as `(..., d(d+1)/2)`."
-        i, j = torch.tril_indices(self.d, self.d, device=matrix.device)
-        return matrix[..., i, j]
-
-    def symmetric(self, lower: Tensor) -> Tensor:
-        "The symmetric matrix with this lower triangle."
-        i, j = torch.tril_indices(self.d, self.d, device=lower.device)
-        order = torch.zeros(self.d, self.d, dtype=torch.long, device=lower.device)
-        order[i, j] = order[j, i] = torch.arange(len(i), device=lower.device)
-        return lower[..., order]
-
     def statistics(self, x: Tensor) -> Tensor:
         "`(N, d)` -> `(N, p)`."
-        return torch.cat([x, self.lower(x[..., :, None] * x[..., None, :])], -1)
+        return torch.cat([x, lower_triangle(x[..., :, None] * x[..., None, :])], -1)
 
     def precision(self, eta: Tensor) -> Tensor:
         "Precision matrices `(..., d, d)`."
-        half = -self.symmetric(eta[..., self.d :])
+        half = -symmetric(eta[..., self.d :])
         return half + torch.diag_embed(half.diagonal(dim1=-2, dim2=-1))
 
     def log_partition(self, eta: Tensor) -> Tensor:
@@ -65,12 +69,12 @@ class Gaussians:
 
     def moments(self, m: Tensor, covariance: Tensor) -> Tensor:
         "Mean parameters of means `(..., d)` and covariances `(..., d, d)`."
-        return torch.cat([m, self.lower(covariance + m[..., :, None] * m[..., None, :])], -1)
+        return torch.cat([m, lower_triangle(covariance + m[..., :, None] * m[..., None, :])], -1)
 
     def usual(self, mean: Tensor) -> tuple[Tensor, Tensor]:
         "Means and covariances of mean parameters, the inverse of `moments`."
         m = mean[..., : self.d]
-        return m, self.symmetric(mean[..., self.d :]) - m[..., :, None] * m[..., None, :]
+        return m, symmetric(mean[..., self.d :]) - m[..., :, None] * m[..., None, :]
 
     def natural(self, mean: Tensor) -> Tensor:
         "Natural parameters of mean parameters, the inverse of `mean`; NaN where a covariance is singular."
@@ -78,7 +82,7 @@ class Gaussians:
         P, failed = torch.linalg.inv_ex(covariance)
         P = torch.where(failed[..., None, None] == 0, (P + P.mT) / 2, math.nan)
         half = P - torch.diag_embed(P.diagonal(dim1=-2, dim2=-1)) / 2
-        return torch.cat([(P @ m[..., None])[..., 0], -self.lower(half)], -1)
+        return torch.cat([(P @ m[..., None])[..., 0], -lower_triangle(half)], -1)
 
 # %% ../../nbs/lab/mixtures.ipynb #deb9b35b
 @dataclass(frozen=True)
@@ -110,11 +114,11 @@ class Bernoullis:
 
 # %% ../../nbs/lab/mixtures.ipynb #dad26b0d
 @dataclass(frozen=True)
-class Mixture:
-    """Mixture of `K` components of one family, as an exponential family of (x, z) with P = K - 1 + K p parameters.
+class CompleteMixture:
+    """Points with their component, (x, z), for `K` components of one family: an exponential family with P = K - 1 + K p parameters.
 
-    Vectors `theta` (natural) and `mu` (mean) have shape `(..., P)`: K - 1 numbers for the weights, then component after component. `S` are the statistics `(N, p)` of
-    the data. All losses and statistics are means over examples. Source: Kunstner, Kumar, Schmidt (2021), sections 2 and 3.
+    Vectors `theta` (natural) and `mu` (mean) have shape `(..., P)`: K - 1 numbers for the weights, then component after component.
+    Source: Kunstner, Kumar, Schmidt (2021), sections 2 and 3.
     """
 
     family: Gaussians | Bernoullis
@@ -159,6 +163,19 @@ class Mixture:
         b = pi.log() - self.family.log_partition(eta)
         return torch.cat([b[..., :-1] - b[..., -1:], eta.flatten(-2)], -1)
 
+    def kl(self, theta: Tensor, other: Tensor) -> Tensor:
+        "KL(p(x, z | theta) || p(x, z | other)) of the joint models, a Bregman divergence of A."
+        return self.log_partition(other) - self.log_partition(theta) - (self.mean(theta) * (other - theta)).sum(-1)
+
+    def fisher(self, theta: Tensor) -> Tensor:
+        "Fisher matrix of the complete data (x, z), `(P, P)`: the Hessian of A, for one vector `theta`."
+        F = torch.func.jacrev(self.mean)(theta)
+        return (F + F.mT) / 2
+
+# %% ../../nbs/lab/mixtures.ipynb #a64d4140
+class Mixture(CompleteMixture):
+    "The distribution of x alone. `S` are the statistics `(N, p)` of the data; losses and statistics are means over examples."
+
     def scores(self, theta: Tensor, S: Tensor) -> Tensor:
         "log p(x_i, z=k | theta) - log h(x_i) + A(theta): `(..., N, K)`."
         return self.offsets(theta)[..., None, :] + S @ self.parts(theta)[1].mT
@@ -184,15 +201,6 @@ class Mixture:
         "Mirror descent with map A: grad A(theta+) = grad A(theta) - lr grad L(theta), the gradient by automatic differentiation."
         gradient = torch.func.grad(lambda t: self.loss(t, S).sum())(theta)
         return self.natural(self.mean(theta) - lr * gradient)
-
-    def kl(self, theta: Tensor, other: Tensor) -> Tensor:
-        "KL(p(x, z | theta) || p(x, z | other)) of the joint models, a Bregman divergence of A."
-        return self.log_partition(other) - self.log_partition(theta) - (self.mean(theta) * (other - theta)).sum(-1)
-
-    def fisher(self, theta: Tensor) -> Tensor:
-        "Fisher matrix of the complete data (x, z), `(P, P)`: the Hessian of A, for one vector `theta`."
-        F = torch.func.jacrev(self.mean)(theta)
-        return (F + F.mT) / 2
 
 # %% ../../nbs/lab/mixtures.ipynb #8265e6f0
 def expectation_maximization(mixture: Mixture, theta: Tensor, S: Tensor, steps: int) -> Tensor:
