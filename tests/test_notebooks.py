@@ -191,6 +191,7 @@ ALLOWED = {
     ("curvature/solvers.py", "minres"): "as `cg`: one read an iteration",
     ("optim/hessian_free.py", "solve"): "damping and backtracking compare losses on the host, once a step, as the method is defined",
     ("optim/multidim_backtracking.py", "_judge"): "a trial is accepted or rejected by its loss, on the host, as in any line search",
+    ("optim/coordinate.py", "gs_1_reference"): "the slow reference hands a small problem to SciPy",
     ("optim/engine.py", "_own_precision"): "asks whether the device has autocast, on the device's type and no tensor",
 }
 
