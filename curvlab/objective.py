@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .likelihood import Likelihood, cotangents, likelihood_of
-from .replay import RandomState, bare, breaks_off, differentiable_twice, say_once, throwaway_buffers, wrapped
+from .replay import ConvolutionsTwice, RandomState, bare, breaks_off, differentiable_twice, say_once, throwaway_buffers, wrapped
 
 # %% auto #0
 __all__ = ['Cost', 'Evaluation', 'Objective', 'Closure', 'evaluate', 'undo_buffers', 'mean_', 'release', 'require_unbroken',
@@ -87,6 +87,7 @@ class _Graph:
     def __init__(self, evaluation: Evaluation, loss: Tensor, params: list[Tensor], grads: Sequence[Tensor | None] | None = None):
         self.evaluation, self.loss, self.params = evaluation, loss, params
         self._grads, self._vjp = grads, None
+        self.linear = False  # whether its second derivatives are good for products with the Jacobian only
 
     def _fill(self, results: Sequence[Tensor | None], batch: tuple[int, ...] = ()) -> list[Tensor]:
         return [p.new_zeros(batch + p.shape) if r is None else r for r, p in zip(results, self.params)]
@@ -326,13 +327,16 @@ def _train(self: Closure, observers: Sequence[Any], second_order: bool, keep_gra
     total = 0.0
     for i, share in enumerate(self.shares):
         with self._replay(i, move_buffers=not self._trained), torch.enable_grad():
-            with contextlib.ExitStack() as stack, self._context(second_order or keep_graph):
+            quick = ConvolutionsTwice(linear=not second_order)
+            with contextlib.ExitStack() as stack, self._context(second_order or keep_graph), quick if keep else contextlib.nullcontext():
                 for o in observers:
                     stack.enter_context(o.recording())
                 evaluation, loss = self._forward(i, share, inner)
             for o in observers:
                 o.observe(evaluation)
             self._backward(evaluation, loss, observers, second_order and keep, keep, inner)
+            if keep:
+                self._graph[1].linear = quick.linear and quick.changed
         total = total + loss.detach()
         self.objective.cost.backward += len(evaluation.targets)
     if inner:
@@ -404,15 +408,17 @@ def _key(self: Closure) -> tuple[int, ...]:
     return tuple(p._version for p in self.params)
 
 
-def _graphs(self: Closure) -> Iterator[_Graph]:
-    "The graphs of all parts at the current parameters: the kept one, or fresh ones."
-    if self._graph is not None and self._graph[0] == self._key():
+def _graphs(self: Closure, product: str | None = None) -> Iterator[_Graph]:
+    "The graphs of all parts at the current parameters: the kept one if it is good for `product` (`hvp`, `ggnvp` or any), or fresh ones."
+    if self._graph is not None and self._graph[0] == self._key() and (product == "ggnvp" or not self._graph[1].linear):
         yield self._graph[1]
         return
     for i, share in enumerate(self.shares):
-        with self._replay(i, move_buffers=False), torch.enable_grad(), self._context(True):
+        quick = ConvolutionsTwice(linear=product == "ggnvp")
+        with self._replay(i, move_buffers=False), torch.enable_grad(), self._context(True), quick if product else contextlib.nullcontext():
             evaluation, loss = self._forward(i, share, True)
         graph = _Graph(evaluation, loss, self.params)
+        graph.linear = quick.linear and quick.changed
         if len(self.parts) == 1:
             self._graph = self._key(), graph
         yield graph
@@ -422,7 +428,7 @@ def _product(self: Closure, name: str, vs: Sequence[Tensor], batched: bool) -> l
     if len(vs) != len(self.params) or any(v.shape[batched:] != p.shape for v, p in zip(vs, self.params)):
         raise ValueError(f"vs has shapes {[tuple(v.shape) for v in vs]}; curvature products take one tensor a parameter: {[tuple(p.shape) for p in self.params]}")
     total = None
-    for graph in self._graphs():
+    for graph in self._graphs(name):
         if name == "hvp":
             self.require_unbroken(graph.gradient())
         part = getattr(graph, name)(list(vs), batched)

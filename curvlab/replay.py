@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 # %% auto #0
-__all__ = ['log', 'say_once', 'wrapped', 'bare', 'differentiable_twice', 'breaks_off', 'RandomState', 'throwaway_buffers']
+__all__ = ['log', 'say_once', 'wrapped', 'bare', 'differentiable_twice', 'ConvolutionsTwice', 'breaks_off', 'RandomState',
+           'throwaway_buffers']
 
 # %% ../nbs/replay.ipynb #b71ed7e4
 log = logging.getLogger("curvlab")
@@ -67,6 +68,85 @@ def differentiable_twice(model: nn.Module) -> contextlib.ExitStack:
     if hasattr(torch.compiler, "set_stance"):  # torch >= 2.6
         stack.enter_context(torch.compiler.set_stance("force_eager"))
     return stack
+
+# %% ../nbs/replay.ipynb #5e863b4e
+class _Convolution(torch.autograd.Function):
+    "A convolution whose backward pass is `_ConvolutionBackward`."
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, W: Tensor, b: Tensor | None, linear: bool, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> Tensor:
+        return torch.convolution(x, W, b, stride, padding, dilation, False, [0] * len(stride), groups)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, W, b, ctx.linear, *ctx.numbers = inputs
+        ctx.biased = b is not None
+        ctx.save_for_backward(x, W)
+
+    @staticmethod
+    def backward(ctx, y_bar):
+        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.biased and ctx.needs_input_grad[2]
+        x, W = [t.detach() for t in ctx.saved_tensors] if ctx.linear else ctx.saved_tensors
+        return *_ConvolutionBackward.apply(y_bar, x, W, wanted, *ctx.numbers), None, None, None, None, None
+
+# %% ../nbs/replay.ipynb #8ecb834a
+class _ConvolutionBackward(torch.autograd.Function):
+    "Backward pass of a convolution, whose own backward pass uses the same kernels."
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y_bar: Tensor, x: Tensor, W: Tensor, wanted: tuple[bool, bool, bool], stride: list[int], padding: list[int], dilation: list[int], groups: int):
+        return torch.ops.aten.convolution_backward(y_bar, x, W, [W.shape[0]], stride, padding, dilation, False, [0] * len(stride), groups, wanted)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        y_bar, x, W, _, *ctx.numbers = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(y_bar, x, W)
+
+    @staticmethod
+    def backward(ctx, x_ddot, W_ddot, b_ddot):
+        (y_bar, x, W), (*where, groups) = ctx.saved_tensors, ctx.numbers
+        rest = *where, False, [0] * len(where[0]), groups
+        to_y = None
+        if x_ddot is not None:
+            to_y = torch.convolution(x_ddot, W, None, *rest)
+        if W_ddot is not None:
+            more = torch.convolution(x, W_ddot, b_ddot, *rest)
+            to_y = more if to_y is None else to_y.add_(more)  # in place: images are large
+        elif b_ddot is not None:
+            more = b_ddot.view(-1, *[1] * len(where[0])).expand_as(y_bar)
+            to_y = more if to_y is None else to_y + more
+        halves = lambda x, W, wanted: torch.ops.aten.convolution_backward(y_bar, x, W, None, *rest, wanted)
+        to_x = halves(x, W_ddot, (True, False, False))[0] if W_ddot is not None and ctx.needs_input_grad[1] else None
+        to_W = halves(x_ddot, W, (False, True, False))[1] if x_ddot is not None and ctx.needs_input_grad[2] else None
+        return to_y, to_x, to_W, None, None, None, None, None
+
+# %% ../nbs/replay.ipynb #1a9db40e
+class ConvolutionsTwice(TorchFunctionMode):
+    """Around a forward pass on a CPU whose gradient will be differentiated *backwards*: convolutions get the quick second backward pass (which has no forward mode).
+
+    Args:
+        linear: the gradient will only be differentiated in the cotangent that it is linear in (for products with the Jacobian): the second pass takes images and kernels for constants.
+
+    Attributes:
+        changed: whether a convolution was met.
+    """
+
+    def __init__(self, linear: bool = False):
+        super().__init__()
+        self.linear, self.changed = linear, False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d) and not kwargs and len(args) == 7:
+            x, W, b, stride, padding, dilation, groups = args
+            if x.device.type == "cpu" and x.ndim == W.ndim and not isinstance(padding, str) and not torch.is_autocast_enabled("cpu"):
+                self.changed = True
+                return _Convolution.apply(x, W, b, self.linear, list(stride), list(padding), list(dilation), groups)
+        return func(*args, **(kwargs or {}))
 
 # %% ../nbs/replay.ipynb #828ff8ce
 def breaks_off(grads: Iterable[Tensor | None]) -> bool:

@@ -1,4 +1,6 @@
 """Structured approximations of a network's curvature: exact cases, dense references, data and its scale, unsupported layers, and two other libraries."""
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -60,6 +62,22 @@ def assert_blocks_of(operator, dense):
             inside[places[:, None], places] = True
     mine = operator.to_dense()
     assert torch.allclose(mine[inside], dense[inside], rtol=1e-9, atol=1e-13) and bool((mine[~inside] == 0).all())
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_places_are_made_when_needed_and_once(problem):
+    """Also after the model has changed, in what is derived from the operator, and in a copy on disk."""
+    objective, x, y = PROBLEMS[problem]()
+    K = kfac(objective, (x, y), "ggn")
+    lazy = [index for index in K._index.values() if callable(index)]
+    assert lazy and sum(p.numel() for p in objective.params) == K.shape[0]
+    next(objective.model.parameters()).requires_grad_(False)
+    damped, whole = K.damped(0.1), kfac(PROBLEMS[problem]()[0], (x, y), "ggn")
+    assert all(torch.equal(damped.index[name], index) and K.index[name] is damped.index[name] for name, index in whole.index.items())
+    again = pickle.loads(pickle.dumps(kfac(PROBLEMS[problem]()[0], (x, y), "ggn")))
+    v = normal(K.shape[0])
+    assert torch.equal(again @ v, whole @ v) and torch.allclose(K @ v, whole @ v)
+    assert torch.equal(torch.cat([index.flatten() for index in K.index.values()]).sort().values, torch.arange(K.shape[0]))
 
 
 # What is exact: dense blocks and diagonals

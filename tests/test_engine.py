@@ -205,6 +205,29 @@ def test_large_float64_gradient_is_finite():
         optimizer.step()
 
 
+def test_finite_gradient_whose_sum_overflows_is_finite():
+    p = nn.Parameter(torch.ones(4))
+    optimizer = SGD([p], lr=0.0)
+    p.grad = torch.full_like(p, 3e38)
+    optimizer.step()
+    for bad in (torch.tensor([0.0, float("inf"), -float("inf"), 0.0]), torch.tensor([0.0, float("nan"), 1.0, 2.0])):
+        p.grad = bad
+        with pytest.raises(NonFiniteError, match="gradient"):
+            optimizer.step()
+
+
+def test_adam_takes_gradients_in_any_layout():
+    torch.manual_seed(0)
+    ours, theirs = nn.Parameter(torch.ones(3, 5).double()), nn.Parameter(torch.ones(3, 5).double())
+    a, b = Adam([ours], lr=0.1), torch.optim.Adam([theirs], lr=0.1)
+    for _ in range(4):
+        g = torch.randn(5, 3).double()
+        ours.grad, theirs.grad = g.mT, g.mT.contiguous()
+        a.step()
+        b.step()
+    assert torch.allclose(ours, theirs, rtol=1e-12)
+
+
 class Masked(Adam):
     """Adam which believes that its tensors are on an accelerator, where a refusal is a mask."""
 

@@ -2,6 +2,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvlab import Objective
 from curvlab.curvature.capture import LayerCapture, layer_blocks, patches
@@ -256,3 +257,24 @@ def test_capture_leaves_no_hooks_and_ignores_recomputation():
     Objective(model, nn.CrossEntropyLoss()).at(torch.randn(6, 4, dtype=double), torch.randint(0, 3, (6,))).evaluate([capture])
     assert uses == [["a", "b"]] * 3                    # three classes, each layer once
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_extra_backward_pass_forms_no_gradient_of_weights_or_inputs():
+    "Sampled targets are pulled back to the layers' outputs: one product a layer but the first, and convolutions are asked for their input's gradient alone."
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            seen.append((name, args[-1] if name == "convolution_backward" else None))
+            return func(*args, **(kwargs or {}))
+
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.ReLU(), torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 7), torch.nn.Tanh(), torch.nn.Linear(7, 5))
+    capture = LayerCapture(layer_blocks(model), "fisher-mc", lambda samples, weight, first: None)
+    closure = Objective(model, torch.nn.CrossEntropyLoss()).at(torch.randn(6, 2, 6, 6), torch.randint(5, (6,)))
+    with capture.recording():
+        evaluation, _ = closure._forward(0, 1.0, True)
+    with Watch():
+        capture.observe(evaluation)
+    assert [name for name, _ in seen].count("mm") == 2
+    assert [mask for name, mask in seen if name == "convolution_backward"] == [[True, False, False]]

@@ -186,6 +186,7 @@ ALLOWED = {
     ("curvature/spectrum.py", "_measured"): "says whether the pairs converged: one read at the end",
     ("curvature/algebra.py", "to_scipy"): "SciPy computes on the host; that is what the function is for",
     ("curvature/symmetric.py", "_syrk"): "called for tensors that are on the CPU: BLAS works on their memory; `test_symmetric.py` sees that no other device comes here",
+    ("curvature/structured.py", "host_inverse"): "SciPy's LAPACK, for matrices that are on the host already",
     ("curvature/solvers.py", "cg"): "an iterative solver decides on the host whether to stop: one read an iteration, and the docstring says so",
     ("curvature/solvers.py", "minres"): "as `cg`: one read an iteration",
     ("optim/hessian_free.py", "solve"): "damping and backtracking compare losses on the host, once a step, as the method is defined",

@@ -266,6 +266,59 @@ def test_density_of_special_matrices():
     assert e.value.isfinite().all() and e.value.argmax() in (199, 200)
 
 
+def householder_lanczos(A, v, steps):
+    """Nodes and weights of the tridiagonal matrix in a basis that is orthogonalised by a QR factorisation of everything at each step: slow and safe."""
+    Q = (v / v.norm())[:, None]
+    for _ in range(steps - 1):
+        Q = torch.linalg.qr(torch.cat([Q, A @ Q[:, -1:]], 1)).Q
+    values, s = torch.linalg.eigh(Q.T @ A @ Q)
+    return values, s[0] ** 2
+
+
+def plain_lanczos(A, v, steps):
+    """The three-term recurrence alone."""
+    q, before, b, a, off = v / v.norm(), torch.zeros_like(v), 0.0, [], []
+    for _ in range(steps):
+        w = A @ q - b * before
+        a.append(q @ w)
+        w = w - a[-1] * q
+        b = w.norm()
+        off.append(b)
+        q, before = w / b, q
+    return torch.linalg.eigvalsh(torch.diag(torch.stack(a)) + torch.diag(torch.stack(off[:-1]), 1) + torch.diag(torch.stack(off[:-1]), -1))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 2e-3)])
+def test_orthogonalisation_leaves_no_ghosts(dtype, tolerance):
+    """Outliers converge early, and then a recurrence without orthogonalisation finds them again and again."""
+    A = with_spectrum(np.r_[1000.0, 300.0, -100.0, 30.0, np.random.default_rng(0).uniform(-1, 2, 196)])
+    found = density(A.to(dtype), 3, 40, generator=generator(4))
+    V = random_probes(A.to(dtype), 3, "signs", generator(4)).double()
+    for k in range(3):
+        nodes, weights = householder_lanczos(A, V[:, k], 40)
+        assert torch.allclose(found.nodes[k], nodes, rtol=0, atol=1000 * tolerance / 20) and ((found.nodes[k] - 1000).abs() < 1).sum() == 1
+        for outlier in (0, 36 + 1, 38, 39):
+            assert abs(found.weights[k, outlier] - weights[outlier]) < tolerance * max(weights[outlier], 1e-2)
+    assert ((plain_lanczos(A.float(), V[:, 0].float(), 40).double() - 1000).abs() < 1).sum() > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_an_exhausted_space_adds_nothing(dtype):
+    """Three different eigenvalues far from zero, or one: all weight on them, the probe's shares, and no node outside, however long the chain goes on."""
+    values = torch.tensor([5.0] * 7 + [6.5] * 20 + [9.0] * 13).double()
+    Q = torch.linalg.qr(torch.randn(40, 40, generator=generator(2), dtype=torch.double)).Q
+    A = ((Q * values) @ Q.T).to(dtype)
+    found, eps = density(A, 4, 12, generator=generator(1)), torch.finfo(dtype).eps
+    shares = (Q.T @ random_probes(A, 4, "signs", generator(1)).double()) ** 2 / 40
+    away = (found.nodes[..., None] - values).abs().amin(-1) > 1e3 * eps
+    assert (found.weights * away).max() < 1e-30 and found.nodes.min() > 5 - 1e3 * eps and found.nodes.max() < 9 + 1e3 * eps
+    for value in (5.0, 6.5, 9.0):
+        at = (found.nodes - value).abs() < 1e3 * eps
+        assert torch.allclose((found.weights * at).sum(1), shares[values == value].sum(0), atol=1e4 * eps)
+    one = density(torch.eye(9, dtype=dtype) * 5, 2, 6)
+    assert one.nodes.allclose(torch.full((2, 6), 5.0).double(), rtol=eps)
+
+
 def test_density_in_blocks_and_in_float32():
     A = generic(60, 2)
     whole, parts = density(A, 6, 15, generator=generator(1)), density(A, 6, 15, block=4, generator=generator(1))

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from .solvers import CGResult, cg
@@ -258,8 +257,9 @@ def solve(self: Operator, b: Tensor, **options) -> CGResult:
     return cg(lambda v: self @ v, b, **options)
 
 
-def to_scipy(self: Operator) -> LinearOperator:
+def to_scipy(self: Operator) -> Any:
     "A SciPy `LinearOperator` over NumPy arrays in the operator's dtype; products go through its device."
+    from scipy.sparse.linalg import LinearOperator   # here, since importing SciPy takes longer than importing all of this package
     torch_of = lambda a: torch.as_tensor(a, dtype=self.dtype, device=self.device)
     multiply = lambda A: lambda a: (A @ torch_of(a)).detach().cpu().numpy()
     flat_of = lambda f: lambda a: f(a.reshape(-1))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from typing import Any
 
 import torch
@@ -181,12 +181,12 @@ class Target:
 
     Attributes:
         name: of the block; source: the layer block, or the name of the parameter, that feeds it.
-        index: flat places, in the shape on which the structured matrix acts.
+        index: flat places, in the shape on which the structured matrix acts, or a function that makes them.
     """
 
     name: str
     source: LayerBlock | str
-    index: Tensor
+    index: Tensor | Callable[[], Tensor]
     sums: Any
 
 
@@ -224,7 +224,8 @@ def gather(objective: Objective, data: Any, targets: list[Target], curvature: st
         terms = terms + (draws / weights[0] if weights else 0.0)
     scale = 1.0 if objective.likelihood.average == "sum" else 1 / terms
     dtype = wide(torch.empty(0, dtype=reduce(torch.promote_types, {p.dtype for p in params}))).dtype
-    made = {t.name: (t.index, Diagonal(torch.zeros(t.index.shape, dtype=dtype, device=params[0].device)) if t.sums.empty else t.sums.structure(scale)) for t in targets}
+    zero = lambda index: Diagonal(torch.zeros((index() if callable(index) else index).shape, dtype=dtype, device=params[0].device))
+    made = {t.name: (t.index, zero(t.index) if t.sums.empty else t.sums.structure(scale)) for t in targets}
     return StructuredOperator(made, sum(p.numel() for p in params), dtype, params[0].device)
 
 # %% ../../nbs/curvature/approximations.ipynb #32a4663c
@@ -312,12 +313,13 @@ def places(params: Sequence[Tensor]) -> dict[int, Tensor]:
     return {id(p): torch.arange(int(e) - p.numel(), int(e), device=p.device).view(p.shape) for p, e in zip(params, ends)}
 
 
-def model_targets(objective: Objective, of_block: Callable[[LayerBlock, Tensor], list[Target]], of_rest: Callable[[str, Tensor], list[Target]]) -> list[Target]:
-    "Targets for every block and every parameter that no block covers."
-    where = places(objective.params)
+def model_targets(objective: Objective, of_block: Callable[[LayerBlock, Callable[[], Tensor]], list[Target]], of_rest: Callable[[str, Tensor], list[Target]]) -> list[Target]:
+    "Targets for every block and every parameter that no block covers. The places of a block are made by a function, when they are needed: they take more memory than the parameters."
+    params = objective.params
+    where = cache(lambda: places(params))
     blocks, rest = curvature_blocks(objective.model)
-    targets = [t for b in blocks for t in of_block(b, b.matrix(*(where[id(p)] for p in b.params)))]
-    return targets + [t for name, p in rest for t in of_rest(name, where[id(p)])]
+    targets = [t for b in blocks for t in of_block(b, cache(lambda b=b: b.matrix(*(where()[id(p)] for p in b.params))))]
+    return targets + [t for name, p in rest for t in of_rest(name, where()[id(p)])]
 
 
 def diagonal(objective: Objective, data: Any, curvature: str = "ggn", *, seed: int = 0, samples: int = 1, chunk: int | None = None) -> StructuredOperator:
@@ -334,7 +336,7 @@ def diagonal(objective: Objective, data: Any, curvature: str = "ggn", *, seed: i
         TypeError: the loss has no likelihood, or `data` is no data.
         ValueError: an argument is out of its range.
     """
-    of_block = lambda b, I: [Target(b.name, b, I, DiagonalSums())]
+    of_block = lambda b, make: [Target(b.name, b, make(), DiagonalSums())]
     return gather(objective, data, model_targets(objective, of_block, lambda n, I: [Target(n, n, I.reshape(1, 1, -1), DiagonalSums())]), curvature, seed, samples, chunk)
 
 # %% ../../nbs/curvature/approximations.ipynb #02253e70
@@ -377,7 +379,7 @@ def block_diagonal(objective: Objective, data: Any, curvature: str = "ggn", *, b
     """
     if by not in BY:
         raise ValueError(f"by={by!r} is unknown; use one of {', '.join(BY)}")
-    targets = model_targets(objective, lambda b, I: dense_targets(b, I, by), lambda n, I: [rest_target(n, I, by)])
+    targets = model_targets(objective, lambda b, make: dense_targets(b, make(), by), lambda n, I: [rest_target(n, I, by)])
     for t in targets:
         if t.index.shape[-1] > limit:
             raise ValueError(f"block {t.name!r} would be dense with {t.index.shape[-1]} rows; use by='unit' or 'parameter', or a limit above {limit}")
@@ -406,7 +408,7 @@ def kronecker_targets(objective: Objective, sums: Callable[[LayerBlock], Any], u
         rest.append(name)
         return [exact_target(name, name, index.reshape(1, 1, -1), unsupported)]
 
-    targets = model_targets(objective, lambda b, I: [Target(b.name, b, I, sums(b)) if b.factored else exact_target(b.name, b, I, elementwise)], of_rest)
+    targets = model_targets(objective, lambda b, make: [Target(b.name, b, make, sums(b)) if b.factored else exact_target(b.name, b, make(), elementwise)], of_rest)
     if rest and unsupported == "raise":
         raise ValueError(f"no Kronecker block for {', '.join(rest)}; use unsupported='diagonal' or 'dense' for their exact diagonal or dense block, or freeze them")
     if rest:
@@ -509,9 +511,10 @@ def kronecker_error(objective: Objective, data: Any, curvature: str = "ggn", sha
     made = {"kfac": kfac(objective, data, curvature, sharing, **common), "ekfac": ekfac(objective, data, curvature, sharing, **common), "diagonal": diagonal(objective, data, curvature, **common)}
     generator = torch.Generator(objective.params[0].device).manual_seed(seed)
 
-    def reference(b: LayerBlock, index: Tensor) -> list[Target]:
+    def reference(b: LayerBlock, make: Callable[[], Tensor]) -> list[Target]:
         if not b.factored:
             return []
+        index = make()
         normal = lambda: torch.randn(probes, *index.shape, generator=generator, dtype=b.weight.dtype, device=b.weight.device)
         sums = DenseSums(lambda P: P.flatten(1).unsqueeze(1)) if index.numel() <= limit else ProbeSums(normal())
         return [Target(b.name, b, index, sums)]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 
 # %% auto #0
@@ -42,13 +41,14 @@ class Estimate:
         "Ends of the interval that covers the truth with probability `level` (Student's distribution, entry by entry)."
         if not 0 < level < 1:
             raise ValueError(f"level={level!r} is no probability; use a number between 0 and 1, such as 0.95")
-        half = float(student.ppf((1 + level) / 2, self.degrees)) * self.standard_error
+        from scipy.special import stdtrit   # Student's quantile; here, since importing SciPy takes longer than importing all of this package
+        half = float(stdtrit(self.degrees, (1 + level) / 2)) * self.standard_error
         return self.value - half, self.value + half
 
 
 def random_signs(shape: Sequence[int], generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
     "Independent entries +1 and -1 with equal probability (Rademacher)."
-    return torch.randint(0, 2, tuple(shape), generator=generator, device=device, dtype=torch.int8).to(dtype).mul_(2).sub_(1)
+    return torch.randint(0, 2, tuple(shape), generator=generator, device=device, dtype=torch.int8).mul_(2).sub_(1).to(dtype)
 
 
 DISTRIBUTIONS = ("signs", "normal")

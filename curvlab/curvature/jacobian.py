@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .algebra import Operator, flat, unflat
-from .operators import NetworkOperator, parameter_slots
+from .algebra import Operator, flat
+from .operators import NetworkOperator, parameter_slots, rows_of
 from ..objective import Closure, Objective, bare
 
 # %% auto #0
@@ -76,58 +76,29 @@ class Jacobian(NetworkOperator):
         return rows
 
 # %% ../../nbs/curvature/jacobian.ipynb #2ab74b85
-def _jacobian_slice(self: Jacobian, V: Tensor) -> Tensor:
-    "`J V` for a slice `(n, K)`."
-    batched = V.shape[1] > 1 and self._batched
-    rows = []
+def _matmat(self: Jacobian, V: Tensor) -> Tensor:
+    vs, parts = rows_of(V, self.params), []
     for _, closure in self.data:
         for part, graph in enumerate(closure._graphs()):
             self._rows(graph, part, closure)
-            if batched:
-                rows.append(self.push(closure, part, graph, unflat(V, self.params), True).flatten(1).mT)
-            else:
-                rows.append(torch.stack([graph.jvp(unflat(v, self.params)).flatten() for v in V.mT], 1))
+            multiply = lambda vs, batched: [self.push(closure, part, graph, vs, batched)]
+            parts.append(self.in_slices(closure, part, multiply, vs, [graph.evaluation.outputs]))
         self.objective.cost.ggnvp += closure.size * V.shape[1]
-    return torch.cat(rows)
-
-
-def _transposed_slice(self: Jacobian, U: Tensor) -> Tensor:
-    "`J' U` for a slice `(N C, K)`."
-    start, total, batched = 0, None, U.shape[1] > 1 and self._batched
-    for _, closure in self.data:
-        for part, graph in enumerate(closure._graphs()):
-            outputs, stop = graph.evaluation.outputs, start + self._rows(graph, part, closure)
-            us = U[start:stop].mT.reshape(-1, *outputs.shape)
-            fill = lambda gs, batch: flat([p.new_zeros(batch + p.shape) if g is None else g for g, p in zip(gs, self.params)], batched=bool(batch))
-            new = fill(self.pull(graph, us, True), us.shape[:1]) if batched else torch.stack([fill(self.pull(graph, u, False), ()) for u in us], 1)
-            start, total = stop, new if total is None else total + new
-        self.objective.cost.backward += closure.size * U.shape[1]
-    return total
-
-
-def _sliced(self: Jacobian, multiply: Any, V: Tensor) -> Tensor:
-    "A product slice by slice; column by column where the model has no batching rule."
-    try:
-        out = torch.cat([multiply(s) for s in V.split(self._columns(), 1)], 1)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        if not self._batched or V.shape[1] == 1:
-            raise
-        self._batched = False
-        out = torch.cat([multiply(s) for s in V.split(self._columns(), 1)], 1)
-    return out.detach().to(V.dtype)
-
-
-def _matmat(self: Jacobian, V: Tensor) -> Tensor:
-    return self._sliced(self._jacobian_slice, V)
+    return torch.cat(parts, 1).mT.to(V.dtype)
 
 
 def _rmatmat(self: Jacobian, U: Tensor) -> Tensor:
-    return self._sliced(self._transposed_slice, U)
+    start, total = 0, None
+    for _, closure in self.data:
+        for part, graph in enumerate(closure._graphs()):
+            outputs, stop = graph.evaluation.outputs, start + self._rows(graph, part, closure)
+            multiply = lambda us, batched: self.pull(graph, us[0], batched)
+            new = self.in_slices(closure, part, multiply, rows_of(U[start:stop], [outputs]), self.params)
+            start, total = stop, new if total is None else total.add_(new)
+        self.objective.cost.backward += closure.size * U.shape[1]
+    return total.mT.to(U.dtype)
 
 
-Jacobian._jacobian_slice, Jacobian._transposed_slice, Jacobian._sliced = _jacobian_slice, _transposed_slice, _sliced
 Jacobian._matmat, Jacobian._rmatmat = _matmat, _rmatmat
 
 # %% ../../nbs/curvature/jacobian.ipynb #d9dd057f

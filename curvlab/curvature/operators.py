@@ -13,19 +13,19 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
 from .algebra import Operator, flat, unflat
 from .preconditioners import Preconditioned, preconditioner_of
 from ..likelihood import FISHERS
 from ..objective import Closure, Objective, bare
+from ..replay import RandomState
 
 # %% auto #0
-__all__ = ['log', 'counted', 'Batches', 'parameter_slots', 'outputs_of', 'push_forward', 'push_gradient', 'NetworkOperator',
-           'product', 'forward_works', 'push', 'pull', 'parameter_ranges', 'parameter_index', 'parameter', 'layer',
-           'names', 'offsets', 'differentiate', 'Hessian', 'output_hessian', 'GGN', 'Residual', 'rank_one', 'Fisher',
-           'Covariance']
+__all__ = ['log', 'counted', 'Batches', 'parameter_slots', 'outputs_of', 'push_forward', 'NetworkOperator', 'product',
+           'forward_works', 'push', 'pull', 'in_slices', 'rows_of', 'parameter_ranges', 'parameter_index', 'parameter',
+           'layer', 'names', 'offsets', 'differentiate', 'Hessian', 'output_hessian', 'GGN', 'Residual', 'rank_one',
+           'Fisher', 'Covariance']
 
 # %% ../../nbs/curvature/operators.ipynb #594f9cfc
 def _moved(x: Any, device: torch.device) -> Any:
@@ -86,14 +86,17 @@ class Batches:
 
     def _undisturbed(self) -> contextlib.AbstractContextManager:
         "Puts the global random numbers back at the end."
-        return torch.random.fork_rng(devices=sorted({p.device for p in self.objective.params if p.device.type != "cpu"}, key=str))
+        return RandomState(self.objective.params).replay()
 
 # %% ../../nbs/curvature/operators.ipynb #205dcc39
 def _pairs(self: Batches, disturb: bool = False) -> Iterator[tuple[Any, Tensor]]:
     "The loader's batches on the model's device; with `disturb` the loader may draw from the global random numbers, so that a shuffle shows."
     with contextlib.nullcontext() if disturb else self._undisturbed():
         batches = iter(self.loader)
-    for batch in track(batches, "batches", total=len(self.loader) if hasattr(self.loader, "__len__") else None, transient=True) if self.progress else batches:
+    if self.progress:
+        from rich.progress import track
+        batches = track(batches, "batches", total=len(self.loader) if hasattr(self.loader, "__len__") else None, transient=True)
+    for batch in batches:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
             raise TypeError(f"the loader yields a {type(batch).__name__}; each batch must be a pair (x, y) with a tensor y, e.g. through a collate_fn")
         yield _moved(batch[0], self.device), _moved(batch[1], self.device)
@@ -168,13 +171,6 @@ def outputs_of(closure: Closure, part: int) -> Callable[..., Tensor]:
     return outputs
 
 
-def _carry(closure: Closure, part: int, function: Callable[..., Any], vs: Sequence[Tensor]) -> Any:
-    "Derivatives of a function of the parameters' values along vectors with a leading dimension, by forward mode."
-    values = tuple(p.detach() for p in closure.params)
-    with closure._replay(part, move_buffers=False), torch.no_grad(), closure._context(True):
-        return torch.func.vmap(lambda *v: torch.func.jvp(function, values, v)[1], randomness="same")(*vs)
-
-
 def push_forward(closure: Closure, part: int, vs: Sequence[Tensor]) -> Tensor:
     """`J v` of one part of a closure by forward-mode differentiation.
 
@@ -183,16 +179,9 @@ def push_forward(closure: Closure, part: int, vs: Sequence[Tensor]) -> Tensor:
 
     Returns: `(K, *outputs.shape)`, classes in dimension 1 of the outputs.
     """
-    return _carry(closure, part, outputs_of(closure, part), vs)
-
-
-def push_gradient(closure: Closure, part: int, vs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    "`H v` of one part's share of the loss, the gradient differentiated by forward mode; arguments and results `(K, *p.shape)` a parameter."
-    o, y, outputs = closure.objective, closure._counted[part], outputs_of(closure, part)
-    scale = closure.shares[part] / (len(y) if o.average == "examples" else 1)
-    # grad, not jacrev: the latter's derivatives through a layer norm are wrong (torch 2.13)
-    gradient = torch.func.grad(lambda *values: scale * o.loss(outputs(*values), y), argnums=tuple(range(len(closure.params))))
-    return _carry(closure, part, gradient, vs)
+    function, values = outputs_of(closure, part), tuple(p.detach() for p in closure.params)
+    with closure._replay(part, move_buffers=False), torch.no_grad(), closure._context(True):
+        return torch.func.vmap(lambda *v: torch.func.jvp(function, values, v)[1], randomness="same")(*vs)
 
 # %% ../../nbs/curvature/operators.ipynb #5ae9c780
 class NetworkOperator(Operator):
@@ -214,9 +203,10 @@ class NetworkOperator(Operator):
         self.shape, self.device = (n, n), self.params[0].device
         self.dtype = reduce(torch.promote_types, {p.dtype for p in self.params})
         self._batched, self._forward, self._width = True, None, None
+        self._convolves = any(isinstance(m, nn.modules.conv._ConvNd) for m in bare(objective.model).modules())
 
-    def on_graph(self, closure: Closure, part: int, graph: Any, vs: list[Tensor], batched: bool) -> Sequence[Tensor | None]:
-        "Product on the graph of one part of a batch."
+    def on_graph(self, closure: Closure, part: int, graph: Any) -> Callable[[list[Tensor], bool], Sequence[Tensor | None]]:
+        "The product on the graph of one part of a batch: a function of one tensor a parameter, with a leading dimension if `batched`."
         raise NotImplementedError
 
     def scale(self, share: float | Tensor) -> float | Tensor:
@@ -224,20 +214,19 @@ class NetworkOperator(Operator):
         return share
 
 # %% ../../nbs/curvature/operators.ipynb #fae7984f
-def product(self: NetworkOperator, vs: list[Tensor], batched: bool = False) -> list[Tensor]:
-    "Product in list form: one tensor a parameter, with a leading dimension if `batched`."
-    columns, total = len(vs[0]) if batched else 1, None
+def product(self: NetworkOperator, vs: list[Tensor]) -> Tensor:
+    "Products with `K` vectors, one tensor `(K, *p.shape)` a parameter, as rows `(K, n)`; the data are read once."
+    total = None
     for share, closure in self.data:
         local = None
         for part, graph in enumerate(closure._graphs()):
-            new = self.on_graph(closure, part, graph, vs, batched)
-            new = [torch.zeros_like(v) if t is None else t.detach() for t, v in zip(new, vs)]
-            local = new if local is None else torch._foreach_add(local, new)
-        setattr(self.objective.cost, self.cost, getattr(self.objective.cost, self.cost) + closure.size * columns)
-        local = closure.mean_(local)
+            new = self.in_slices(closure, part, self.on_graph(closure, part, graph), vs, self.params)
+            local = new if local is None else local.add_(new)
+        setattr(self.objective.cost, self.cost, getattr(self.objective.cost, self.cost) + closure.size * len(vs[0]))
+        closure.mean_([local])
         if self.data.closure is None or self.scale(share) != 1.0:
-            local = [(self.scale(share) * t).to(t.dtype) for t in local]
-        total = local if total is None else torch._foreach_add(total, local)
+            local.mul_(self.scale(share))
+        total = local if total is None else total.add_(local)
     return total
 
 
@@ -261,8 +250,8 @@ def forward_works(self: NetworkOperator, fast: Callable[[list[Tensor]], Sequence
 
 
 def push(self: NetworkOperator, closure: Closure, part: int, graph: Any, vs: list[Tensor], batched: bool) -> Tensor:
-    "`J v`, by forward mode for blocks where it agrees with the graph."
-    if batched and len(vs[0]) >= 4 and self.forward_works(lambda v: [push_forward(closure, part, v)], lambda v: [graph.jvp(v)]):
+    "`J v`; for blocks through convolutions by forward mode, where it agrees with the graph."
+    if batched and len(vs[0]) >= 8 and self._convolves and self.forward_works(lambda v: [push_forward(closure, part, v)], lambda v: [graph.jvp(v)]):
         return push_forward(closure, part, vs)
     return graph.jvp(vs, batched)
 
@@ -276,42 +265,74 @@ def pull(self: NetworkOperator, graph: Any, cotangent: Tensor, batched: bool) ->
 NetworkOperator.product, NetworkOperator.forward_works, NetworkOperator.push, NetworkOperator.pull = product, forward_works, push, pull
 
 # %% ../../nbs/curvature/operators.ipynb #71a28e6f
-def _columns(self: NetworkOperator) -> int:
-    "Columns of a block that are multiplied at a time."
-    if self.device.type != "cpu":
-        return 64
-    sizes: list[int] = []
-    for _, closure in self.data:
-        known = dict(closure._frozen)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()), lambda t: t), closure._replay(0, move_buffers=False), torch.enable_grad(), closure._context(True):
-            closure._forward(0, closure.shares[0], True)
-        closure._frozen = known  # this pass fixes no masks
-        break
-    return 32 if sum(sizes) <= 2**14 * len(sizes) else 16
+def _columns(self: NetworkOperator, closure: Closure, part: int) -> int:
+    "Vectors of a block that are multiplied at a time, from one look at a part of the data."
+    if self._width is None and self.device.type != "cpu":
+        self._width = 64
+    if self._width is None:
+        sizes, own = [], {p.data_ptr() for p in self.params}
+
+        def see(t: Tensor) -> Tensor:
+            sizes.append(0 if t.data_ptr() in own else t.numel())
+            return t.detach()
+
+        with torch.autograd.graph.saved_tensors_hooks(see, lambda t: t), closure._replay(part, move_buffers=False), torch.enable_grad(), closure._context(True):
+            closure._forward(part, closure.shares[part], True)
+        mean = sum(sizes) / max(1, sum(size > 0 for size in sizes))
+        alone = 2**18 if self._convolves else 2**17   # forward mode makes company worth more
+        self._width = 1 if mean > alone else 16 if mean > 2**14 else 32
+    return self._width
 
 
-def _block(self: NetworkOperator, V: Tensor) -> Tensor:
-    "Product with a slice of columns `(n, K)`, batched if that is possible."
-    if self._batched and V.shape[1] > 1:
-        try:
-            rows = V.mT.contiguous()
-            return flat(self.product(unflat(rows.mT, self.params), True), batched=True)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            log.warning("%s: the model cannot be differentiated for several vectors at once (%s); multiplying one by one", type(self).__name__, str(error).splitlines()[0])
-            self._batched = False
-    return torch.stack([flat(self.product(unflat(v, self.params), False)) for v in V.mT], 1)
+NetworkOperator._columns = _columns
+
+# %% ../../nbs/curvature/operators.ipynb #9d711dad
+def in_slices(self: NetworkOperator, closure: Closure, part: int, multiply: Callable[[list[Tensor], bool], Sequence[Tensor | None]], vs: list[Tensor], like: Sequence[Tensor]) -> Tensor:
+    """A linear map applied to `K` vectors, a slice at a time, or one by one where the model has no batching rule.
+
+    Args:
+        multiply: from a list of tensors to one tensor (`None`: zero) for each of `like`, all with a leading dimension if its second argument is true.
+        vs: the vectors, every tensor with a leading dimension `K`.
+
+    Returns: rows `(K, n)`, the results side by side.
+    """
+    K, sizes = len(vs[0]), [t.numel() for t in like]
+    out = torch.empty(K, sum(sizes), dtype=reduce(torch.promote_types, {t.dtype for t in like}), device=vs[0].device)
+
+    def fill(which: slice | int) -> None:
+        place, batched = out[which], isinstance(which, slice)
+        for t, shape, target in zip(multiply([v[which] for v in vs], batched), like, place.split(sizes, -1)):
+            target.zero_() if t is None else target.view(place.shape[:-1] + shape.shape).copy_(t.detach())
+
+    width = self._columns(closure, part) if self._batched and K > 1 else 1
+    pieces = -(-K // width)
+    edges = [K * i // pieces for i in range(pieces + 1)]
+    for start, stop in zip(edges, edges[1:]):
+        if stop - start > 1 and self._batched:
+            try:
+                fill(slice(start, stop))
+                continue
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                log.warning("%s: the model cannot be differentiated for several vectors at once (%s); multiplying one by one", type(self).__name__, str(error).splitlines()[0])
+                self._batched = False
+        for k in range(start, stop):
+            fill(k)
+    return out
+
+
+def rows_of(V: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    "The columns of a block `(n, K)` as tensors shaped and typed like `like` with a leading dimension `K`, as `unflat` gives them, but each vector contiguous."
+    pieces = [piece.mT for piece in V.split([t.numel() for t in like])]
+    return [(piece if piece.stride(1) == 1 else piece.contiguous()).reshape(V.shape[1], *t.shape).to(t.dtype) for piece, t in zip(pieces, like)]
 
 
 def _matmat(self: NetworkOperator, V: Tensor) -> Tensor:
-    if self._width is None and V.shape[1] > 1:
-        self._width = self._columns()
-    width = self._width if V.shape[1] > 1 else 1
-    return torch.cat([self._block(slice_) for slice_ in V.split(width, 1)], 1).to(V.dtype)
+    return self.product(rows_of(V, self.params)).mT.to(V.dtype)
 
 
-NetworkOperator._columns, NetworkOperator._block, NetworkOperator._matmat = _columns, _block, _matmat
+NetworkOperator.in_slices, NetworkOperator._matmat = in_slices, _matmat
 
 # %% ../../nbs/curvature/operators.ipynb #ec5c47f4
 def parameter_ranges(model: nn.Module) -> dict[str, slice]:
@@ -385,12 +406,10 @@ class Hessian(NetworkOperator):
 
     cost = "hvp"
 
-    def on_graph(self, closure, part, graph, vs, batched):
+    def on_graph(self, closure, part, graph):
         grads = graph.gradient()
         closure.require_unbroken(grads)
-        if batched and len(vs[0]) > 16 and self.forward_works(lambda v: push_gradient(closure, part, v), lambda v: differentiate(grads, self.params, v, False)):
-            return push_gradient(closure, part, vs)
-        return differentiate(grads, self.params, vs, batched)
+        return lambda vs, batched: differentiate(grads, self.params, vs, batched)
 
 
 def output_hessian(closure: Closure, graph: Any, v: Tensor, batched: bool) -> Tensor:
@@ -413,8 +432,8 @@ def output_hessian(closure: Closure, graph: Any, v: Tensor, batched: bool) -> Te
 class GGN(NetworkOperator):
     "Generalized Gauss-Newton matrix `J' Lambda J` of the loss (Schraudolph, 2002); equal to the exact Fisher for our likelihoods. See `NetworkOperator` for the arguments."
 
-    def on_graph(self, closure, part, graph, vs, batched):
-        return self.pull(graph, output_hessian(closure, graph, self.push(closure, part, graph, vs, batched), batched), batched)
+    def on_graph(self, closure, part, graph):
+        return lambda vs, batched: self.pull(graph, output_hessian(closure, graph, self.push(closure, part, graph, vs, batched), batched), batched)
 
 
 class Residual(NetworkOperator):
@@ -422,13 +441,13 @@ class Residual(NetworkOperator):
 
     cost = "hvp"
 
-    def on_graph(self, closure, part, graph, vs, batched):
+    def on_graph(self, closure, part, graph):
         outputs = graph.evaluation.outputs
         if not hasattr(graph, "pulled"):
             c, = torch.autograd.grad(graph.loss, outputs, retain_graph=True)
             graph.pulled = torch.autograd.grad(outputs, self.params, c, create_graph=True, allow_unused=True)
         closure.require_unbroken(graph.pulled)
-        return differentiate(graph.pulled, self.params, vs, batched)
+        return lambda vs, batched: differentiate(graph.pulled, self.params, vs, batched)
 
 # %% ../../nbs/curvature/operators.ipynb #4a5781f0
 def rank_one(c: Tensor, jv: Tensor, batched: bool) -> Tensor:
@@ -461,19 +480,22 @@ class Fisher(NetworkOperator):
         super().__init__(objective, x, y, chunk, progress)
         self.curvature, self.seed, self.samples = curvature, seed, samples
 
-    def product(self, vs, batched=False):
+    def product(self, vs):
         self._generator = torch.Generator(self.device).manual_seed(self.seed)
-        return super().product(vs, batched)
+        return super().product(vs)
 
-    def on_graph(self, closure, part, graph, vs, batched):
-        jv, e = self.push(closure, part, graph, vs, batched), graph.evaluation
+    def on_graph(self, closure, part, graph):
+        e = graph.evaluation
         if self.curvature in ("fisher-exact", "ggn"):
-            return self.pull(graph, output_hessian(closure, graph, jv, batched), batched)
-        draws, middle = self.samples if self.curvature == "fisher-mc" else 1, torch.zeros_like(jv)
-        for _ in range(draws):
-            for c in e.cotangents(self.curvature, self._generator):
-                middle += rank_one(c, jv, batched) / (e.weight * draws)
-        return self.pull(graph, middle, batched)
+            return lambda vs, batched: self.pull(graph, output_hessian(closure, graph, self.push(closure, part, graph, vs, batched), batched), batched)
+        draws = self.samples if self.curvature == "fisher-mc" else 1
+        drawn = [c for _ in range(draws) for c in e.cotangents(self.curvature, self._generator)]   # the same for every vector
+
+        def multiply(vs: list[Tensor], batched: bool) -> Sequence[Tensor | None]:
+            jv = self.push(closure, part, graph, vs, batched)
+            return self.pull(graph, sum(rank_one(c, jv, batched) / (e.weight * draws) for c in drawn), batched)
+
+        return multiply
 
 # %% ../../nbs/curvature/operators.ipynb #969cff02
 class Covariance(NetworkOperator):
@@ -493,9 +515,9 @@ class Covariance(NetworkOperator):
     def scale(self, share):
         return self.data.size * share**2
 
-    def on_graph(self, closure, part, graph, vs, batched):
+    def on_graph(self, closure, part, graph):
         c, = torch.autograd.grad(graph.loss, graph.evaluation.outputs, retain_graph=True)
-        return self.pull(graph, rank_one(c, self.push(closure, part, graph, vs, batched), batched), batched)
+        return lambda vs, batched: self.pull(graph, rank_one(c, self.push(closure, part, graph, vs, batched), batched), batched)
 
     def gradient(self) -> Tensor:
         "Gradient of the loss as a flat vector, computed once for the parameters as they are."

@@ -214,7 +214,7 @@ def grouped(function: Callable[..., Any], matrices: Sequence[Tensor], *args, **k
     """`[function(M, *args, **kwargs) for M in matrices]`, with one call for all matrices of one shape, dtype and device.
 
     Args:
-        function: takes a stack `(K, ...)`; returns a tensor, or a tuple of tensors, with the leading dimension `K`.
+        function: takes a stack `(K, ...)`, which it must not write into; returns a tensor, or a tuple of tensors, with the leading dimension `K`.
         matrices: tensors of any shapes.
 
     Returns: one result a matrix, in the order given; results are views of the stacked ones.
@@ -224,7 +224,8 @@ def grouped(function: Callable[..., Any], matrices: Sequence[Tensor], *args, **k
         groups[M.shape, M.dtype, M.device].append(i)
     results: list[Any] = [None] * len(matrices)
     for members in groups.values():
-        out = function(torch.stack([matrices[i] for i in members]), *args, **kwargs)
+        stacked = matrices[members[0]].unsqueeze(0) if len(members) == 1 else torch.stack([matrices[i] for i in members])
+        out = function(stacked, *args, **kwargs)
         for k, i in enumerate(members):
             results[i] = out[k] if isinstance(out, Tensor) else tuple(part[k] for part in out)
     return results

@@ -21,13 +21,12 @@ Vector = Tensor | Sequence[Tensor]
 
 
 def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    "Inner product of two lists of tensors, summed in float64; a scalar tensor on their device."
-    return torch.stack([t.sum(dtype=torch.float64) for t in torch._foreach_mul(list(a), list(b))]).sum()
-
-
-def _axpy(scale: Tensor, a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
-    "`scale * a + b` with a scalar tensor `scale`, without reading it."
-    return torch._foreach_add(torch._foreach_mul(a, scale.to(a[0].dtype)), b)
+    "Inner product of two lists of tensors, summed in float64 (blocks of 256 numbers in their own precision first, which is as exact as their products); a scalar tensor on their device."
+    sums = []
+    for s, t in zip(a, b):
+        s, t, whole = s.reshape(-1), t.reshape(-1), s.numel() // 256 * 256
+        sums += [torch.linalg.vecdot(s[:whole].view(-1, 256), t[:whole].view(-1, 256)).sum(dtype=torch.float64), torch.linalg.vecdot(s[whole:], t[whole:]).double()]
+    return torch.stack(sums).sum()
 
 # %% ../../nbs/curvature/solvers.ipynb #2db764a1
 def martens_stop(values: Sequence[float], tol: float = 5e-4) -> bool:
@@ -115,11 +114,12 @@ def cg(matvec: Callable[[Any], Any], b: Vector, x0: Vector | None = None, precon
     A = lambda v: wrap(matvec(unwrap(v)))
     P = (lambda v: wrap(preconditioner(unwrap(v)))) if preconditioner else (lambda v: v)
     b = wrap(b)
-    x = [torch.zeros_like(t) for t in b] if x0 is None else wrap(x0)
-    r = list(b) if x0 is None else torch._foreach_sub(b, A(x))
-    z = d = P(r)
-    rz = inner(r, z)
-    value, rr, bb = torch.stack([-(inner(x, b) + inner(x, r)) / 2, inner(r, r), inner(b, b)]).tolist()
+    # x, r and d are ours and change in place; what A and P return may be anybody's
+    x = [torch.zeros_like(t) if x0 is None else t.clone() for t in (b if x0 is None else wrap(x0))]
+    r = [t.clone() for t in b] if x0 is None else list(torch._foreach_sub(b, A(x)))
+    z = P(r)
+    d, rz = [t.clone() for t in z], inner(r, z)
+    value, rr, bb, decrease = torch.stack([-(inner(x, b) + inner(x, r)) / 2, inner(r, r), inner(b, b), rz]).tolist()
     _require_finite(0, value, rr, bb)
     # "<= tol" for the residual; under Martens' rule only a residual of rounding size ends the solve early
     enough = (tol if stop == "residual" else torch.finfo(b[0].dtype).eps) * math.sqrt(bb)
@@ -128,21 +128,24 @@ def cg(matvec: Callable[[Any], Any], b: Vector, x0: Vector | None = None, precon
     while not done and len(values) <= max_iter:
         Ad = A(d)
         curvature = inner(d, Ad)
-        alpha = rz / curvature
-        x_new, r = _axpy(alpha, d, x), _axpy(-alpha, Ad, r)
+        torch._foreach_sub_(r, torch._foreach_mul(Ad, (rz / curvature).to(r[0].dtype)))
         z = P(r)
-        rz, rz_old = inner(r, z), rz
-        curvature, value, rr = torch.stack([curvature, -(inner(x_new, b) + inner(x_new, r)) / 2, inner(r, r)]).tolist()
+        rz = inner(r, z)
+        curvature, new, rr = torch.stack([curvature, rz, inner(r, r)]).tolist()
         if curvature <= 0:
             direction = d
             break
-        _require_finite(len(values), curvature, value, rr)
-        x, d = x_new, _axpy(rz / rz_old, d, z)
-        values.append(value)
+        _require_finite(len(values), curvature, new, rr)
+        torch._foreach_add_(x, d, alpha=decrease / curvature)
+        # along d the model falls by (d'r)^2 / 2d'Ad, and d'r = r'z
+        values.append(values[-1] - decrease / curvature * decrease / 2)
         residuals.append(math.sqrt(rr))
-        if len(values) - 1 in keep:
-            kept[len(values) - 1] = unwrap(x)
+        torch._foreach_mul_(d, new / decrease if decrease else 0.0)
+        torch._foreach_add_(d, z)
+        decrease = new
         done = residuals[-1] <= enough or (stop == "martens" and martens_stop(values, tol))
+        if len(values) - 1 in keep and not done:
+            kept[len(values) - 1] = unwrap([t.clone() for t in x])
     last = len(values) - 1
     if store_ratio is not None:
         kept[last] = unwrap(x)

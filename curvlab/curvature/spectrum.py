@@ -291,29 +291,34 @@ def condition_number(A: Any, **options) -> Bounded:
     return Bounded(value, torch.minimum(value, (top - r_top) / (bottom.clamp(min=0) + r_bottom)), upper, found.converged, found.products)
 
 # %% ../../nbs/curvature/spectrum.ipynb #0ae3e7f7
-def _tridiagonals(A: Any, Z: Tensor, steps: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def _next_vector(B: Tensor, w: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    "The vector after the last of the orthonormal rows `B` `(j, n)`, from `w = A B[-1]` `(n,)` and the coupling `before` of the last two; `alpha`, and the new coupling (0 and a zero vector where nothing but rounding is left)."
+    alpha = B[-1].double() @ w.double()
+    rest = torch.addcmul(w, B[-1], alpha.to(w.dtype), value=-1)
+    if len(B) > 1:
+        rest.addcmul_(B[-2], before.to(w.dtype), value=-1)
+    rest.addmv_(B.mT, B @ rest, alpha=-1)
+    beta = torch.linalg.vector_norm(rest, dtype=torch.float64)
+    usable = beta > 10 * torch.finfo(w.dtype).eps * torch.linalg.vector_norm(w)
+    return torch.where(usable, rest / beta.to(w.dtype), 0.0), alpha, torch.where(usable, beta, 0.0)
+
+
+def _tridiagonals(A: Any, Z: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     "Lanczos coefficients `(K, m)` and `(K, m-1)` of the columns of `Z` `(n, K)`, in float64."
     K, n = Z.shape[1], Z.shape[0]
     dtype = torch.promote_types(A.dtype, torch.float32)
-    basis = torch.zeros(K, steps, n, dtype=dtype, device=Z.device)
-    q, diagonal, off = Z.mT.to(dtype), [], []
-    q = q / torch.linalg.norm(q, dim=1, keepdim=True)
+    basis = torch.empty(K, steps, n, dtype=dtype, device=Z.device)
+    alphas, betas = torch.zeros(2, K, steps, dtype=torch.float64, device=Z.device)
+    basis[:, 0] = Z.mT
+    basis[:, 0] /= torch.linalg.norm(basis[:, 0], dim=1, keepdim=True)
     for j in range(steps):
-        basis[:, j] = q
-        w = (A @ q.mT.to(A.dtype)).mT.to(dtype)
-        diagonal.append((q.double() * w.double()).sum(1))
-        if j + 1 == steps:
-            break
-        scale = torch.linalg.norm(w, dim=1)
-        both, B = torch.stack([w, torch.randn(K, n, generator=generator, dtype=dtype, device=Z.device)], 1), basis[:, : j + 1]
-        for _ in range(2):
-            both = both - (both @ B.mT) @ B   # rows: far faster than columns
-        w, fresh = both.unbind(1)
-        length = torch.linalg.norm(w, dim=1)
-        usable = length > 10 * torch.finfo(dtype).eps * scale
-        q = torch.where(usable[:, None], w / length[:, None], fresh / torch.linalg.norm(fresh, dim=1, keepdim=True))
-        off.append(torch.where(usable, torch.linalg.norm(w.double(), dim=1), 0.0))
-    return torch.stack(diagonal, 1), torch.stack(off, 1) if off else diagonal[0].new_zeros(K, 0)
+        W = (A @ basis[:, j].mT.to(A.dtype)).mT.to(dtype)
+        for k in range(K):   # one basis at a time, which may stay in the cache
+            q, alphas[k, j], betas[k, j] = _next_vector(basis[k, : j + 1], W[k], betas[k, j - 1])
+            if j + 1 < steps:
+                basis[k, j + 1] = q
+    over = torch.cat([torch.zeros_like(betas[:, :1], dtype=torch.bool), (betas == 0)[:, :-1]], 1).cumsum(1) > 0
+    return torch.where(over, alphas[:, :1], alphas), betas[:, :-1]
 
 # %% ../../nbs/curvature/spectrum.ipynb #4eb3b010
 @dataclass(frozen=True)
@@ -380,7 +385,7 @@ def density(A: Any, probes: int = 10, steps: int = 90, *, distribution: str = "s
         raise ValueError(f"probes={probes!r}, steps={steps!r}, block={block!r}: use at least 2 probes, which give an error bar, 1 step and blocks of 1")
     m, nodes, weights = min(steps, A.shape[0]), [], []
     for Z in random_probes(A, probes, distribution, generator).split(block or probes, 1):
-        diagonal, off = _tridiagonals(A, Z, m, generator)
+        diagonal, off = _tridiagonals(A, Z, m)
         T = torch.diag_embed(diagonal) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
         if not T.isfinite().all():
             raise FloatingPointError("a product with A is not finite; check the matrix, e.g. the loss at the current parameters")

@@ -23,17 +23,26 @@ class StructuredOperator(Operator):
     """A block-diagonal matrix over a flat parameter vector.
 
     Args:
-        blocks: name → `(index, structured matrix)`; `index` holds flat positions, in the shape of the tensors on which the matrix acts. Positions that no block has are zero rows.
+        blocks: name → `(index, structured matrix)`; `index` holds flat positions, in the shape of the tensors on which the matrix acts, or is a function that returns them when they are first needed. Positions that no block has are zero rows.
         n: length of the vector.
         dtype, device: of the vector.
 
     `A @ v` takes `(n,)` and `(n, K)`. Unlike for an operator that is known by products only, `solve` is direct and returns the solution itself.
     """
 
-    def __init__(self, blocks: dict[str, tuple[Tensor, Any]], n: int, dtype: torch.dtype, device: torch.device):
-        self.index = {name: index for name, (index, _) in blocks.items()}
+    def __init__(self, blocks: dict[str, tuple[Tensor | Callable[[], Tensor], Any]], n: int, dtype: torch.dtype, device: torch.device):
+        self._index = {name: index for name, (index, _) in blocks.items()}
         self.blocks = {name: matrix for name, (_, matrix) in blocks.items()}
         self.shape, self.dtype, self.device = (n, n), dtype, device
+
+    @property
+    def index(self) -> dict[str, Tensor]:
+        "Flat positions of every block."
+        self._index = {name: index() if callable(index) else index for name, index in self._index.items()}
+        return self._index
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_index": self.index}
 
     @property
     def names(self) -> list[str]:
@@ -46,7 +55,7 @@ class StructuredOperator(Operator):
 
     def _with(self, blocks: Iterable[Any]) -> StructuredOperator:
         "The same places, other matrices."
-        return StructuredOperator({name: (self.index[name], M) for name, M in zip(self.blocks, blocks)}, self.shape[0], self.dtype, self.device)
+        return StructuredOperator({name: (self._index[name], M) for name, M in zip(self.blocks, blocks)}, self.shape[0], self.dtype, self.device)
 
     def _apply(self, v: Tensor, function: Callable[[list[Tensor]], list[Tensor]]) -> Tensor:
         "`function` on the pieces of `v` `(n,)` or of the columns of `(n, K)`."

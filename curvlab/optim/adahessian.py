@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..curvature.estimators import random_signs
-from .engine import CurvatureOptimizer, NonFiniteError, count_step, require, wide, zeros_state
+from .engine import CurvatureOptimizer, NonFiniteError, all_finite, count_step, require, wide, zeros_state
 
 # %% auto #0
 __all__ = ['spatial_average', 'AdaHessian', 'sample', 'refuse_nonfinite_curvature', 'observe', 'update_curvature', 'direction']
@@ -81,12 +81,12 @@ def sample(self: AdaHessian, params: Sequence[Tensor]) -> list[Tensor]:
     with torch.enable_grad():
         products = self.closure.hvp([signs[p] if p in signs else torch.zeros_like(p) for p in self.closure.params])
     by_param = dict(zip(self.closure.params, products))
-    return [(signs[p] * by_param[p]).to(wide(p.dtype)) for p in params]
+    return [signs[p].mul_(by_param[p]).to(wide(p.dtype)) for p in params]
 
 
 def refuse_nonfinite_curvature(self: AdaHessian, D: Sequence[Tensor]) -> None:
     "An estimate that is not finite refuses the step: raise on a CPU, mask on an accelerator."
-    finite = torch.stack([norm.double() for norm in torch._foreach_norm(list(D), float("inf"))]).isfinite().all()
+    finite = all_finite(D)
     if finite.device.type != "cpu":
         self.refused = self.refused + (self.finite & ~finite).int()
         self.finite = self.finite & finite
@@ -113,7 +113,7 @@ def update_curvature(self: AdaHessian, pairs: Sequence[tuple[dict[str, Any], Ten
     for (group, p), d in zip(pairs, D):
         d = spatial_average(d.abs() if group["absolute"] else d, group["block_length"])
         v, = zeros_state(self.state, [p], "v")
-        self.average_(v, [d * d], 1 - group["betas"][1])
+        self.average_squares_(v, [d], 1 - group["betas"][1])
         self.state[p]["observations"] = self.state[p].get("observations", 0) + 1
 
 
@@ -125,10 +125,13 @@ def direction(self: AdaHessian, group, params, grads) -> list[Tensor]:
     (b1, b2), k, steps = group["betas"], group["hessian_power"], count_step(self.state, params)
     m, v = zeros_state(self.state, params, "m", "v")
     self.average_(m, grads, 1 - b1)
-    # v holds squares, so the exponent k of the root mean square is k / 2 here
-    denominator = torch._foreach_pow(torch._foreach_div(v, [1 - b2 ** self.state[p]["observations"] for p in params]), k / 2)
-    torch._foreach_add_(denominator, group["eps"])
-    return torch._foreach_div(torch._foreach_div(m, [1 - b1**t for t in steps]), denominator)
+    # v holds squares, so the exponent k of the root mean square is k / 2 here; c is the bias correction of v, taken out of the sum to save a pass over memory
+    c = [(1 - b2 ** self.state[p]["observations"]) ** (k / 2) for p in params]
+    denominator = torch._foreach_pow(v, k / 2)
+    torch._foreach_add_(denominator, [group["eps"] * a for a in c])
+    direction = torch._foreach_div(m, denominator)
+    torch._foreach_mul_(direction, [a / (1 - b1**t) for a, t in zip(c, steps)])
+    return direction
 
 
 AdaHessian.observe, AdaHessian.update_curvature, AdaHessian.direction = observe, update_curvature, direction

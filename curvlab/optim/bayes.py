@@ -72,21 +72,28 @@ def _initial(self: WeightPerturbation, group: dict[str, Any], p: Tensor) -> floa
     return self.state.get(p, {}).get("kept", 1.0) * (precision - group["prior_precision"]) / group["train_size"]
 
 
-def _std(self: WeightPerturbation, group: dict[str, Any], p: Tensor, temperature: float) -> Tensor:
-    "Standard deviation `sqrt(temperature / (N s + lambda))` of a parameter, in the statistics' dtype."
-    s = self.state.get(p, {}).get("s")
-    s = torch.zeros_like(p, dtype=wide(p.dtype), memory_format=torch.preserve_format) if s is None else s
-    precision = group["train_size"] * (s + self._initial(group, p)) + group["prior_precision"]
-    return (temperature / precision).sqrt()
+def _stds(self: WeightPerturbation, pairs: list[tuple[dict[str, Any], Tensor]], temperatures: list[float]) -> list[Tensor]:
+    "Standard deviations `sqrt(temperature / (N s + lambda))` of parameters (with their groups), in the statistics' dtype; each operation is one call for all of them."
+    known = [self.state.get(p, {}).get("s") for _, p in pairs]
+    s = [torch.zeros_like(p, dtype=wide(p.dtype), memory_format=torch.preserve_format) if s is None else s for s, (_, p) in zip(known, pairs)]
+    precision = torch._foreach_add(s, [self._initial(group, p) for group, p in pairs])
+    torch._foreach_mul_(precision, [group["train_size"] for group, _ in pairs])
+    torch._foreach_add_(precision, [group["prior_precision"] for group, _ in pairs])
+    torch._foreach_reciprocal_(precision)
+    torch._foreach_mul_(precision, temperatures)
+    torch._foreach_sqrt_(precision)
+    return precision
 
 
-WeightPerturbation._uncertain, WeightPerturbation._initial, WeightPerturbation._std = _uncertain, _initial, _std
+WeightPerturbation._uncertain, WeightPerturbation._initial, WeightPerturbation._stds = _uncertain, _initial, _stds
 
 # %% ../../nbs/optim/bayes.ipynb #d9152214
 @torch.no_grad()
 def posterior(self: WeightPerturbation) -> tuple[list[Tensor], list[Tensor]]:
     "Means and standard deviations of all parameters, in the order of the parameter groups; parameters without spread have standard deviation 0."
-    spread = {id(p): self._std(group, p, group["temperature"]) for group, p in self._uncertain()}
+    uncertain = self._uncertain()
+    stds = self._stds(uncertain, [group["temperature"] for group, _ in uncertain]) if uncertain else []
+    spread = {id(p): std for (_, p), std in zip(uncertain, stds)}
     params = [p for group in self.param_groups for p in group["params"]]
     return [p.detach().clone() for p in params], [spread[id(p)] if id(p) in spread else torch.zeros_like(p, dtype=wide(p.dtype)) for p in params]
 
@@ -99,9 +106,9 @@ def posterior_std(self: WeightPerturbation) -> list[Tensor]:
 @torch.no_grad()
 def kl(self: WeightPerturbation) -> Tensor:
     "KL divergence (nats) from the prior to `q` at temperature 1; the evidence bound is `-N * (expected mean loss) - kl`."
-    total = []
-    for group, p in self._uncertain():
-        ratio = group["prior_precision"] * self._std(group, p, 1.0) ** 2
+    total, uncertain = [], self._uncertain()
+    for (group, p), std in zip(uncertain, self._stds(uncertain, [1.0] * len(uncertain))):
+        ratio = group["prior_precision"] * std ** 2
         total.append(0.5 * (group["prior_precision"] * p.to(ratio.dtype) ** 2 + ratio - 1 - ratio.log()).sum())
     return torch.stack(total).sum()
 
@@ -113,17 +120,23 @@ WeightPerturbation.posterior, WeightPerturbation.posterior_std, WeightPerturbati
 def _perturbed(self: WeightPerturbation, generators: dict[torch.device, torch.Generator]) -> Iterator[None]:
     "Weights drawn from `q` inside the context, the mean (bit for bit) after it."
     uncertain = self._uncertain()
-    means = [p.detach().clone() for _, p in uncertain]
+    params = [p for _, p in uncertain]
+    with torch.no_grad():
+        means = [p.clone() for p in params]
+        if params:
+            noise = [torch.randn(p.shape, generator=generators[p.device], device=p.device, dtype=wide(p.dtype)) for p in params]
+            torch._foreach_mul_(noise, self._stds(uncertain, [group["temperature"] for group, _ in uncertain]))
+            torch._foreach_add_(noise, means)
     try:
-        with torch.no_grad():
-            for (group, p), mean in zip(uncertain, means):
-                noise = torch.randn(p.shape, generator=generators[p.device], device=p.device, dtype=wide(p.dtype))
-                p.copy_(mean + noise * self._std(group, p, group["temperature"]))
+        if params:
+            with torch.no_grad():
+                torch._foreach_copy_(params, noise)
+                del noise
         yield
     finally:
-        with torch.no_grad():
-            for (_, p), mean in zip(uncertain, means):
-                p.copy_(mean)
+        if params:
+            with torch.no_grad():
+                torch._foreach_copy_(params, means)
 
 
 @contextlib.contextmanager
@@ -154,7 +167,8 @@ def _evaluate(self: WeightPerturbation, closure: Closure | None) -> Tensor:
         with self._perturbed(generators):
             loss = loss + closure.evaluate() / self.samples
             with torch.no_grad():
-                new = {p: p.grad.to(wide(p.dtype)) / self.samples for p in closure.params if p.grad is not None}
+                moved = [p for p in closure.params if p.grad is not None]
+                new = dict(zip(moved, torch._foreach_div([p.grad.to(wide(p.dtype)) for p in moved], self.samples))) if moved else {}
                 squares = self.squares(closure, {p: g for p, g in new.items() if p in uncertain})
                 for total, part in ((grads, new), (self._observed, squares)):
                     for p, value in part.items():
@@ -166,7 +180,10 @@ def _evaluate(self: WeightPerturbation, closure: Closure | None) -> Tensor:
 
 def squares(self: WeightPerturbation, closure: Closure, grads: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
     "This sample's share of what enters `s`: the squared mini-batch gradient (`grads` are divided by the number of samples, and so is the result)."
-    return {p: g * g * self.samples for p, g in grads.items()}
+    squares = torch._foreach_mul(list(grads.values()), list(grads.values())) if grads else []
+    if grads:
+        torch._foreach_mul_(squares, self.samples)
+    return dict(zip(grads, squares))
 
 
 WeightPerturbation._evaluate, WeightPerturbation.squares = _evaluate, squares

@@ -18,9 +18,9 @@ from .step_rules import Search, StepRule
 
 # %% auto #0
 __all__ = ['SHARED', 'Active', 'NonFiniteError', 'FallbackWarning', 'require', 'wide', 'due', 'zeros_state', 'count_step',
-           'adam_direction', 'CurvatureOptimizer', 'check_group', 'add_param_group', 'step', 'average_', 'observers',
-           'observe', 'refresh', 'direction', 'directions', 'fallback_direction', 'completed', 'generator',
-           'state_dict', 'load_state_dict']
+           'aligned', 'adam_direction', 'CurvatureOptimizer', 'check_group', 'add_param_group', 'step', 'all_finite',
+           'average_', 'average_squares_', 'observers', 'observe', 'refresh', 'direction', 'directions',
+           'fallback_direction', 'completed', 'generator', 'state_dict', 'load_state_dict']
 
 # %% ../../nbs/optim/engine.ipynb #31718db6
 class NonFiniteError(ArithmeticError):
@@ -63,12 +63,22 @@ def count_step(state: dict, params: Sequence[Tensor]) -> list[int]:
     return [state[p]["step"] for p in params]
 
 
+def aligned(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    "The tensors, copied where their layout in memory differs from that of `like` (fused kernels walk through memory, not through indices)."
+    return [t if t.stride() == o.stride() else torch.empty_like(o).copy_(t) for t, o in zip(tensors, like)]
+
+
 def adam_direction(opt: CurvatureOptimizer, params: list[Tensor], grads: list[Tensor], betas: tuple[float, float], eps: float) -> list[Tensor]:
     "Adam's bias-corrected direction (Kingma & Ba 2015, algorithm 1); state `m`, `v`, `step`."
     steps = count_step(opt.state, params)
     m, v = zeros_state(opt.state, params, "m", "v")
+    if opt.finite is None:  # nothing to mask (a CPU): one pass over memory does it all; a step of length -1 from zero is the direction
+        direction = torch._foreach_mul(m, 0.0)
+        ages = {t: torch.tensor(float(t)) for t in set(steps)}
+        torch._fused_adam_(direction, aligned(grads, m), m, v, [], [ages[t] for t in steps], lr=-1.0, beta1=betas[0], beta2=betas[1], weight_decay=0.0, eps=eps, amsgrad=False, maximize=False)
+        return direction
     opt.average_(m, grads, 1 - betas[0])
-    opt.average_(v, torch._foreach_mul(grads, grads), 1 - betas[1])
+    opt.average_squares_(v, grads, 1 - betas[1])
     denominator = torch._foreach_div(v, [1 - betas[1] ** t for t in steps])
     torch._foreach_sqrt_(denominator)
     torch._foreach_add_(denominator, eps)
@@ -256,14 +266,24 @@ def _active(self: CurvatureOptimizer) -> list[tuple[dict, list[Tensor], list[Ten
 CurvatureOptimizer._evaluate, CurvatureOptimizer._refuse_foreign, CurvatureOptimizer._own_precision, CurvatureOptimizer._active = _evaluate, _refuse_foreign, _own_precision, _active
 
 # %% ../../nbs/optim/engine.ipynb #1773e2a9
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    "Whether no entry is infinite or NaN: a scalar tensor on the tensors' device."
+    def finite(values: Sequence[Tensor]) -> Tensor:
+        dtype = torch.float64 if any(v.dtype == torch.float64 for v in values) else torch.float32
+        return torch.stack([v.to(dtype) for v in values]).isfinite().all()
+
+    # the length is many times faster than a maximum on a CPU; what is not finite shows in it, and only if squares overflow it takes a second look
+    if tensors[0].device.type == "cpu" and (result := finite(torch._foreach_norm(list(tensors)))):
+        return result
+    return finite(torch._foreach_norm(list(tensors), float("inf")))
+
+
 def _refuse_nonfinite(self: CurvatureOptimizer, loss: Tensor | None, grads: list[Tensor]) -> None:
     "Raise (CPU) or prepare the mask (accelerator) when loss or gradient is not finite."
     self.finite = None
     if not grads:
         return
-    values = [*torch._foreach_norm(grads, float("inf"))] + ([loss.detach()] if isinstance(loss, Tensor) else [])
-    dtype = torch.float64 if any(v.dtype == torch.float64 for v in values) else torch.float32
-    finite = torch.stack([v.to(dtype) for v in values]).isfinite().all()
+    finite = all_finite(grads + ([loss.detach()] if isinstance(loss, Tensor) else []))
     if finite.device.type == "cpu":
         if not finite:
             what = "the gradient" if loss is None or loss.isfinite() else f"loss={loss}"
@@ -282,7 +302,15 @@ def average_(self: CurvatureOptimizer, old: list[Tensor], new: Sequence[Tensor],
     torch._foreach_lerp_(old, list(new), weight)
 
 
-CurvatureOptimizer._refuse_nonfinite, CurvatureOptimizer.average_ = _refuse_nonfinite, average_
+def average_squares_(self: CurvatureOptimizer, old: list[Tensor], new: Sequence[Tensor], weight: float) -> None:
+    "Running averages of entrywise squares, `old <- (1 - weight) * old + weight * new**2`, in place; masked when the step is refused."
+    if self.finite is not None:
+        return self.average_(old, torch._foreach_mul(new, new), weight)
+    torch._foreach_mul_(old, 1 - weight)
+    torch._foreach_addcmul_(old, new, new, value=weight)
+
+
+CurvatureOptimizer._refuse_nonfinite, CurvatureOptimizer.average_, CurvatureOptimizer.average_squares_ = _refuse_nonfinite, average_, average_squares_
 
 # %% ../../nbs/optim/engine.ipynb #d49b25f2
 Active = list[tuple[dict[str, Any], list[Tensor], list[Tensor]]]
@@ -343,7 +371,7 @@ def _couple_weight_decay(self: CurvatureOptimizer, active: Active) -> None:
     "Add the gradient of the coupled penalty (in new tensors: `p.grad` stays the gradient of the loss)."
     for i, (group, params, grads) in enumerate(active):
         if group["weight_decay"] and not group["decoupled"]:
-            active[i] = group, params, [g + p.to(g.dtype) * group["weight_decay"] for g, p in zip(grads, params)]
+            active[i] = group, params, list(torch._foreach_add(grads, [p.to(g.dtype) for g, p in zip(grads, params)], alpha=group["weight_decay"]))
 
 
 def _rescale(self: CurvatureOptimizer, active: Active, directions: list[list[Tensor]]) -> None:

@@ -51,7 +51,7 @@ class LocalModel:
         with torch.enable_grad():
             out = self.curvature.ggnvp(full) if self.kind == "ggn" else self.curvature.hvp(full)
         by_param = {id(p): o for p, o in zip(self.curvature.params, out)}
-        return [by_param[id(p)].to(v.dtype) + (self.damping + c) * v for p, v, c in zip(self.params, vs, self.decays)]
+        return [torch.add(by_param[id(p)].to(v.dtype), v, alpha=self.damping + c) for p, v, c in zip(self.params, vs, self.decays)]
 
     def loss_at(self, closure: Closure, shift: list[Tensor] | None = None, scale: float = 1.0) -> float:
         "Penalised loss of a batch at `theta + scale * shift`; infinite if it is not finite. The parameters are back afterwards."

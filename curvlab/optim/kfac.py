@@ -52,9 +52,9 @@ class FactorSums:
         self.G = G / weight if self.G is None else self.G + G / weight
 
     def factors(self, uses: int) -> list[Tensor]:
-        "`[A, G]`; `uses` is how often the block appears in one forward pass."
+        "`[A, G]`, in place of the sums; `uses` is how often the block appears in one forward pass."
         examples = self.examples / uses
-        return [self.A / examples, self.G * (examples / self.rows)]
+        return [self.A.div_(examples), self.G.mul_(examples / self.rows)]
 
 # %% ../../nbs/optim/kfac.ipynb #88803a3a
 class KFAC(CurvatureOptimizer):
@@ -155,7 +155,10 @@ def observe(self: KFAC, active) -> None:
             cross = self._sums[block.name + "|next"]
             new |= {"A_next": cross.A / sums.examples, "G_next": cross.G * (sums.examples / sums.rows)}
         k = state["observed"] = state.get("observed", 0) + 1
-        old = [state.setdefault(name, torch.zeros_like(M)) for name, M in new.items()]
+        for name, M in new.items():
+            if name not in state:
+                state[name] = torch.zeros_like(M)
+        old = [state[name] for name in new]
         lists = by_weight.setdefault(max(1 / k, 1 - self.decay), ([], []))
         lists[0].extend(old)
         lists[1].extend(self.closure.mean_(list(new.values())))
@@ -177,8 +180,9 @@ def _store(self: KFAC, block: LayerBlock, **tensors: Tensor) -> None:
     "Write factorisations into the state, in place; one that is not finite leaves the old one."
     state = self.state[block.weight]
     for name, new in tensors.items():
-        old = state.setdefault(name, torch.zeros_like(new))
-        old.copy_(torch.where(new.isfinite().all(), new, old))
+        if name not in state:
+            state[name] = torch.zeros_like(new)
+        torch.where(new.sum().isfinite(), new, state[name], out=state[name])  # a sum is not finite if a term is not
 
 
 def refresh(self: KFAC) -> None:

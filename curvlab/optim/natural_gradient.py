@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 from ..curvature.solvers import cg, inner, minres
@@ -237,6 +236,7 @@ class NaturalConjugateGradient(TruncatedNaturalGradient):
         return [r] if all(d is None for d in previous) else [r, [torch.zeros_like(t) if d is None else d for d, t in zip(previous, r)]]
 
     def _combine(self, model: LocalModel, r: list[Tensor], rates: list[float]) -> list[Tensor]:
+        from scipy.optimize import minimize   # here, since importing SciPy takes longer than importing all of this package
         basis, trials = self.basis(model.params, r), []
         mix = lambda c: [sum(float(a) * t for a, t in zip(c, ts)) for ts in zip(*basis)]
 

@@ -178,7 +178,8 @@ class Polyak(StepRule):
         # 0/0 at a stationary point, and a non-descent direction, both mean: stay
         step = torch.where(slope > 0, step, torch.zeros_like(step)).clamp(max=self.max_step)
         if self.growth is not None:
-            step = torch.minimum(step, torch.as_tensor(search.state.get("step", self.init), dtype=step.dtype, device=step.device) * self.growth)
+            last = search.state.get("step", self.init)
+            step = step.clamp(max=self.growth * (last if isinstance(last, float) else last.to(step)))
         search.state["step"] = step
         return Step(step, self.heavy_ball)
 
@@ -236,6 +237,7 @@ class QuadraticModel(StepRule):
         search.state["rho"] = rho
         factor = self.omega**self.adapt_every
         for group in search.groups:
-            damping = torch.as_tensor(group["damping"], dtype=rho.dtype, device=rho.device)
+            # a number becomes a tensor by a fill on the device, where torch.as_tensor would copy it there
+            damping = group["damping"].to(rho) if isinstance(group["damping"], Tensor) else torch.full_like(rho, group["damping"])
             damping = torch.where(rho > 0.75, damping * factor, torch.where(rho < 0.25, damping / factor, damping))
             group["damping"] = damping.clamp(min=self.minimum)

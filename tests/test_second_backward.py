@@ -1,0 +1,119 @@
+"""The quick second backward pass of convolutions against PyTorch's general one."""
+
+import pytest
+import torch
+from torch import nn
+
+from curvlab.objective import Objective
+from curvlab.replay import ConvolutionsTwice
+
+CASES = {
+    "strides": (nn.Conv2d, (4, 2, 9, 8), dict(stride=(2, 1))),
+    "groups, no bias": (nn.Conv2d, (4, 2, 9, 8), dict(padding=1, groups=2, bias=False)),
+    "dilation": (nn.Conv1d, (4, 2, 9), dict(dilation=2, padding=1)),
+    "three dimensions": (nn.Conv3d, (4, 2, 4, 5, 4), dict(padding=(1, 0, 1))),
+    "padding by name": (nn.Conv2d, (4, 2, 6, 5), dict(padding="same")),
+    "circular": (nn.Conv2d, (4, 2, 6, 5), dict(padding=1, padding_mode="circular")),
+}
+
+
+def case(name):
+    torch.manual_seed(0)
+    kind, shape, options = CASES[name]
+    x, y = torch.randn(shape, dtype=torch.double), torch.tensor([0, 2, 1, 1])
+    body = nn.Sequential(kind(2, 4, 3, **options), nn.Tanh(), kind(4, 4, 2), nn.Tanh(), nn.Flatten()).double()
+    return nn.Sequential(body, nn.Linear(body(x).shape[1], 3).double()), x, y
+
+
+def derivatives(model, x, y, params, vs, order):
+    "Gradient, Hessian product, derivative of the Hessian product, by PyTorch's general rules."
+    current = [nn.functional.cross_entropy(model(x), y)]
+    for k in range(order):
+        current = torch.autograd.grad(current, params, vs if k else None, create_graph=True)
+    return current
+
+
+@pytest.mark.parametrize("frozen", [None, "0.0.weight", "0.0.bias"])
+@pytest.mark.parametrize("name", CASES)
+def test_hessian_products_equal_the_general_rule(name, frozen):
+    model, x, y = case(name)
+    for n, p in model.named_parameters():
+        p.requires_grad_(n != frozen)
+    params = [p for p in model.parameters() if p.requires_grad]
+    vs = [torch.randn(3, *p.shape, dtype=p.dtype) for p in params]
+    expected = [derivatives(model, x, y, params, [v[i] for v in vs], 2) for i in range(3)]
+    objective = Objective(model, nn.CrossEntropyLoss())
+    kept, chunked = objective.at(x, y), objective.at(x, y, chunk=3)
+    kept.evaluate(second_order=True)
+    together = objective.at(x, y).hvp(vs, batched=True)
+    for i in range(3):
+        one = [v[i] for v in vs]
+        for a, b, c, d in zip(expected[i], kept.hvp(one), chunked.hvp(one), [t[i] for t in together]):
+            for other in (b, c, d):
+                assert torch.allclose(a, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["strides", "groups, no bias"])
+def test_rule_can_be_differentiated_again(name):
+    model, x, y = case(name)
+    params = list(model.parameters())
+    vs = [torch.randn_like(p) for p in params]
+    expected = derivatives(model, x, y, params, vs, 3)
+    with ConvolutionsTwice():
+        found = derivatives(model, x, y, params, vs, 3)
+    assert max(t.abs().max() for t in expected) > 1e-3
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in zip(expected, found))
+
+
+def test_quick_rule_is_used_for_hessians_only():
+    "And what it replaces is there: the gradient's graph has no general convolution."
+    model, x, y = case("strides")
+    objective = Objective(model, nn.CrossEntropyLoss())
+
+    def nodes(graph):
+        waiting, seen = [graph.gradient()[0].grad_fn], set()
+        while waiting:
+            node = waiting.pop()
+            if node not in seen:
+                seen.add(node)
+                waiting += [n for n, _ in node.next_functions if n is not None]
+        return {n.name() for n in seen}
+
+    closure = objective.at(x, y)
+    closure.evaluate(second_order=True)
+    quick, general = nodes(closure._graph[1]), nodes(next(objective.at(x, y)._graphs()))
+    assert "_ConvolutionBackward" in " ".join(quick) and "ConvolutionBackward0" not in quick
+    assert "ConvolutionBackward0" in general and "_ConvolutionBackward" not in " ".join(general)
+
+
+def test_gauss_newton_and_examples_after_a_hessian_product():
+    model, x, y = case("dilation")
+    objective = Objective(model, nn.CrossEntropyLoss())
+    vs = [torch.randn_like(p) for p in objective.params]
+    both, alone = objective.at(x, y), objective.at(x, y)
+    both.hvp(vs)
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-13) for a, b in zip(both.ggnvp(vs), alone.ggnvp(vs)))
+    assert all(torch.allclose(g.mean(0), h, rtol=1e-10, atol=1e-13) for g, h in zip(both.per_example_grads(), derivatives(model, x, y, objective.params, None, 1)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gauss_newton_products_equal_the_general_rule_and_leave_no_trace_in_hessian_products(name):
+    model, x, y = case(name)
+    objective = Objective(model, nn.CrossEntropyLoss())
+    params = objective.params
+    vs = [torch.randn(3, *p.shape, dtype=p.dtype) for p in params]
+    closure = objective.at(x, y)
+    closure.evaluate(keep_graph=True)
+    together = closure.ggnvp(vs, batched=True)
+    for i in range(3):
+        one = [v[i] for v in vs]
+        outputs, u = model(x), torch.zeros(4, 3, dtype=torch.double, requires_grad=True)
+        pulled = torch.autograd.grad(outputs, params, u, create_graph=True)
+        jv, = torch.autograd.grad(pulled, u, one)
+        p = outputs.detach().softmax(1)
+        expected = torch.autograd.grad(outputs, params, (p * jv - p * (p * jv).sum(1, keepdim=True)) / 4)
+        for a, b, c in zip(expected, closure.ggnvp(one), [t[i] for t in together]):
+            assert torch.allclose(a, b, rtol=1e-10, atol=1e-13) and torch.allclose(a, c, rtol=1e-10, atol=1e-13)
+    # the graph that was kept for these products would drop terms of the Hessian
+    one = [v[0] for v in vs]
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(derivatives(model, x, y, params, one, 2), closure.hvp(one)))
