@@ -23,6 +23,9 @@ UNPERTURBED = {name: {"temperature": 0.0} for name in ("Vadam", "VOGN", "Vprop",
 HOST_DECISIONS = {"HessianFree": {"cg", "loss_at", "solve"}} | {name: {"minres", "loss_at", "_adapt_damping"} for name in ("TruncatedNaturalGradient", "NaturalConjugateGradient")}
 SHORT = {name: {"max_iter": 3} for name in HOST_DECISIONS}  # where such decisions are made up
 
+# Line searches compare losses and slopes.
+HOST_DECISIONS |= {name: {"_measured", "value_and_slope"} for name in ("LBFGS", "SR1", "Newton")}
+
 # Methods that train some kinds of parameter by the engine's fallback and must say so.
 LAYERWISE = {"KFAC", "Unitwise"}
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from curvlab import Objective
-from curvlab.optim import SGD, AdaGrad, Adam, AMSGrad, Armijo, Polyak
+from curvlab.optim import SGD, AdaGrad, Adam, AMSGrad, Armijo, EstimatedPolyak, Polyak
 
 DIRECTIONS = {
     "SGD": lambda model, rule: SGD(model, step_rule=rule),
@@ -246,3 +246,27 @@ def test_a_gradient_alone_is_not_enough():
     nn.functional.binary_cross_entropy_with_logits(model(x), y).backward()
     with pytest.raises(TypeError, match="objective.at"):
         SGD(model, step_rule=Armijo()).step()
+
+
+def test_estimated_polyak_equals_a_numpy_reference():
+    generator = torch.Generator().manual_seed(8)
+    x, y = torch.randn(40, 5, dtype=torch.double, generator=generator), torch.randn(40, 1, dtype=torch.double, generator=generator)
+    model = nn.Linear(5, 1, bias=False).double()
+    nn.init.zeros_(model.weight)
+    optimizer, objective = SGD(model, weight_decay=0.1, step_rule=EstimatedPolyak(lower=-0.2, every=7, c=1.5)), Objective(model, nn.MSELoss())
+    X, Y, w, level, best = x.numpy(), y.numpy()[:, 0], np.zeros(5), -0.2, np.inf
+    for k in range(60):
+        f, g = np.square(X @ w - Y).mean() + 0.05 * w @ w, 2 * X.T @ (X @ w - Y) / 40 + 0.1 * w
+        best = min(best, f)
+        if k and k % 7 == 0:
+            level = (level + best) / 2
+        w = w - max(f - level, 0) / (1.5 * g @ g) * g
+        optimizer.step(objective.at(x, y))
+        if k < 30:  # later the steps bounce around the minimum and amplify rounding
+            np.testing.assert_allclose(model.weight.detach().numpy()[0], w, rtol=1e-6, atol=1e-9)
+    least = np.linalg.eigvalsh(X.T @ X / 20 + 0.1 * np.eye(5))[0]
+    solution = np.linalg.solve(2 * X.T @ X / 40 + 0.1 * np.eye(5), 2 * X.T @ Y / 40)
+    lowest = np.square(X @ solution - Y).mean() + 0.05 * solution @ solution
+    assert least > 0 and best - lowest < 1e-2 * lowest and level > -0.2
+    with pytest.raises(ValueError, match="every"):
+        EstimatedPolyak(every=0)

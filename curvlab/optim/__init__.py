@@ -10,8 +10,9 @@ METHODS = {
     "HessianFree": "hessian_free",
     "NaturalGradient": "natural_gradient", "TruncatedNaturalGradient": "natural_gradient", "NaturalConjugateGradient": "natural_gradient",
     "Vadam": "bayes", "VOGN": "bayes", "Vprop": "bayes", "VadaGrad": "bayes",
+    "LBFGS": "quasi_newton", "SR1": "quasi_newton", "Newton": "quasi_newton",
 }
-RULES = {"Armijo": "step_rules", "Polyak": "step_rules", "QuadraticModel": "step_rules"}
+RULES = {"Armijo": "step_rules", "Polyak": "step_rules", "EstimatedPolyak": "step_rules", "QuadraticModel": "step_rules", "NonMonotone": "line_searches", "Wolfe": "line_searches", "PlaneSearch": "subspace"}
 OTHERS = {"CurvatureOptimizer": "engine", "FallbackWarning": "engine", "NonFiniteError": "engine"}
 
 __all__ = [*METHODS, *RULES, *OTHERS]

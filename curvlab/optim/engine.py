@@ -228,7 +228,7 @@ def _evaluate(self: CurvatureOptimizer, closure) -> Tensor | None:
         keep = self.keep_graph or getattr(self.step_rule, "second_order", False)
         return closure.evaluate(self.observers() if observing else (), second_order=self.second_order and observing, keep_graph=keep)
     if self.needs_closure or self.step_rule is not None:
-        why = f"step_rule={type(self.step_rule).__name__}" if self.step_rule is not None else type(self).__name__
+        why = type(self).__name__ + (f" with step_rule={type(self.step_rule).__name__}" if self.step_rule is not None else "")
         got = "no closure" if closure is None else "a plain closure"
         raise TypeError(f"{why} needs more than a gradient and was given {got}: pass objective.at(x, y) of a curvlab.Objective(model, loss) to step()")
     if closure is None:
@@ -410,20 +410,24 @@ def _apply(self: CurvatureOptimizer, loss: Tensor | None, active: Active, direct
         self.step_rule.after(search)
 
 
+def _leading_lr(self: CurvatureOptimizer) -> float:
+    "The learning rate that a step rule's step belongs to: the first that is not 0 (a group with 0 stands still)."
+    return next((group["lr"] for group in self.param_groups if group["lr"]), 0.0)
+
+
 def _relative(self: CurvatureOptimizer, active: Active, directions: list[list[Tensor]]) -> None:
-    "A step rule decides one step for all: a group whose `lr` differs from the first group's has it in its direction, so that the rule sees where it goes."
-    first = self.param_groups[0]["lr"]
+    "A step rule decides one step for all: a group with another `lr` than the leading one has the ratio in its direction, so that the rule sees where it goes."
+    leading = self._leading_lr()
     for i, (group, _, _) in enumerate(active):
-        if group["lr"] != first:
-            require(first > 0, "lr", first, "with a step rule the learning rates are relative to the first group's, which must be positive")
-            directions[i] = torch._foreach_mul(directions[i], group["lr"] / first)
+        if group["lr"] != leading:
+            directions[i] = torch._foreach_mul(directions[i], group["lr"] / leading)
 
 
 def _search(self: CurvatureOptimizer, loss: Tensor, active: Active, directions: list[list[Tensor]]) -> Search:
     params, grads = [p for a in active for p in a[1]], [g for a in active for g in a[2]]
     previous = [self.state[p].get("previous") for p in params]
     first = self.param_groups[0]
-    return Search(self.closure, loss, params, grads, [d for ds in directions for d in ds], first["lr"],
+    return Search(self.closure, loss, params, grads, [d for ds in directions for d in ds], self._leading_lr(),
                   None if any(p is None for p in previous) else previous, first.setdefault("step_rule", {}), self.param_groups)
 
 
@@ -435,7 +439,7 @@ def _plane(self: CurvatureOptimizer, params: list[Tensor], ds: list[Tensor], ste
     return torch._foreach_neg(update)
 
 
-CurvatureOptimizer._apply, CurvatureOptimizer._relative, CurvatureOptimizer._search, CurvatureOptimizer._plane = _apply, _relative, _search, _plane
+CurvatureOptimizer._apply, CurvatureOptimizer._relative, CurvatureOptimizer._search, CurvatureOptimizer._plane, CurvatureOptimizer._leading_lr = _apply, _relative, _search, _plane, _leading_lr
 
 # %% ../../nbs/optim/engine.ipynb #0997d1c9
 def _momentum(self: CurvatureOptimizer, group: dict[str, Any], params: list[Tensor], ds: list[Tensor]) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..objective import Closure
 
 # %% auto #0
-__all__ = ['Search', 'Step', 'StepRule', 'Armijo', 'Polyak', 'QuadraticModel']
+__all__ = ['Search', 'value_and_slope', 'Step', 'StepRule', 'Armijo', 'Polyak', 'EstimatedPolyak', 'QuadraticModel']
 
 # %% ../../nbs/optim/step_rules.ipynb #a60eed21
 @dataclass
@@ -73,6 +73,21 @@ class Search:
         "Go back to `t = 0`."
         if self._start is not None:
             torch._foreach_copy_(self.params, self._start)
+
+# %% ../../nbs/optim/step_rules.ipynb #3444cfdf
+def value_and_slope(self: Search, t: float) -> tuple[float, float]:
+    "`phi(t)` and `phi'(t)` of `phi(t) = f(theta - t * d)`: one more loss and gradient of the same batch; `p.grad` is put back, the parameters stay there until `restore`."
+    self.move(t)
+    kept = [p.grad for p in self.closure.params]
+    loss = self.penalised(self.closure())
+    decay = {id(p): group["weight_decay"] for group in self.groups if group["weight_decay"] and not group["decoupled"] for p in group["params"]}
+    there = [torch.zeros_like(d) if p.grad is None else p.grad.to(d.dtype) + decay.get(id(p), 0.0) * p.to(d.dtype) for p, d in zip(self.params, self.direction)]
+    for p, g in zip(self.closure.params, kept):
+        p.grad = g
+    return float(loss), -float(self.dot(there, self.direction))
+
+
+Search.value_and_slope = value_and_slope
 
 # %% ../../nbs/optim/step_rules.ipynb #77de7b31
 @dataclass
@@ -174,7 +189,7 @@ class Polyak(StepRule):
 
     def __call__(self, search: Search) -> Step:
         slope = search.slope
-        step = (search.penalised(search.loss) - self.f_star).clamp(min=0) / (self.c * slope)
+        step = (search.penalised(search.loss) - self.optimum(search)).clamp(min=0) / (self.c * slope)
         # 0/0 at a stationary point, and a non-descent direction, both mean: stay
         step = torch.where(slope > 0, step, torch.zeros_like(step)).clamp(max=self.max_step)
         if self.growth is not None:
@@ -182,6 +197,39 @@ class Polyak(StepRule):
             step = step.clamp(max=self.growth * (last if isinstance(last, float) else last.to(step)))
         search.state["step"] = step
         return Step(step, self.heavy_ball)
+
+    def optimum(self, search: Search) -> float | Tensor:
+        "The value that the loss is thought to be able to reach."
+        return self.f_star
+
+# %% ../../nbs/optim/step_rules.ipynb #741df9d7
+class EstimatedPolyak(Polyak):
+    """Polyak steps towards an estimate of the optimum that rises from a lower bound (after Hazan & Kakade 2019, algorithm 2, without its restarts).
+
+    Args:
+        lower: a value that the loss (with its coupled weight decay) cannot fall below.
+        every: steps between two estimates.
+        c, max_step: as in `Polyak`; the analysis uses `c=2`.
+
+    Attributes written to the optimizer's state: `step`, `level` (the estimate), `best` (the least loss seen), `count`.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    def __init__(self, lower: float = 0.0, every: int = 10, c: float = 2.0, max_step: float = float("inf")):
+        _require(every >= 1, f"every={every} must be a positive number of steps")
+        super().__init__(c=c, f_star=lower, max_step=max_step)
+        self.every = every
+
+    def optimum(self, search: Search) -> Tensor:
+        state, loss = search.state, search.penalised(search.loss)
+        count = state["count"] = state.get("count", 0) + 1
+        state["best"] = torch.minimum(state["best"], loss) if count > 1 else loss
+        state["level"] = state["level"] if count > 1 else torch.full_like(loss, self.f_star)
+        if count > 1 and (count - 1) % self.every == 0:
+            state["level"] = (state["level"] + state["best"]) / 2
+        return state["level"]
 
 # %% ../../nbs/optim/step_rules.ipynb #a0dc1edf
 class QuadraticModel(StepRule):
