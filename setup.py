@@ -52,7 +52,7 @@ setup(
     package_data={c["lib_path"] + ".ledger": ["papers/*.yml"]},
     python_requires=">=" + c["min_python"],
     install_requires=c["requirements"].split(),
-    extras_require={k: c[k + "_requirements"].split() for k in ("cluster", "dev", "docs")},
+    extras_require={k: c[k + "_requirements"].split() for k in ("cluster", "dev", "docs", "bench")},
     entry_points={
         "console_scripts": ["curvlab=curvlab.batch.cli:main"],
         "nbdev": [f"{c['lib_path']}={c['lib_path']}._modidx:d"],

@@ -5,13 +5,13 @@ from collections import Counter
 import pytest
 import torch
 from fake_device import DEVICE, fake_device, no_host_reads
-from methods import HOST_DECISIONS, METHODS, PER_EXAMPLE, build
+from methods import HOST_DECISIONS, METHODS, PER_EXAMPLE, SHORT, build
 from torch import nn
 
 from curvlab import Objective, curvature, optim
 from curvlab.curvature.jacobian import Jacobian
 from curvlab.lab.recorder import Recorder, alignment, decrease, factor_conditions, sharpness, spectrum
-from curvlab.optim import SGD, Armijo, KFAC, Polyak, QuadraticModel, Shampoo, Unitwise
+from curvlab.optim import SGD, Armijo, KFAC, Polyak, QuadraticModel, Shampoo, Unitwise, Wolfe
 
 pytestmark = [pytest.mark.filterwarnings("ignore::curvlab.optim.FallbackWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
@@ -59,6 +59,7 @@ def counts(make, steps, net=chain, readers=()):
 # Statistics at steps 0, 2, 4, factorisations at steps 0, 3: the four kinds of step are both, neither, the first, the second.
 KINDS = {"observing and refreshing": 0, "plain": 1, "observing": 2, "refreshing": 3}
 ITERATIONS = 2
+SEARCHING = ("LBFGS", "SR1", "Newton")
 # What a step of the methods that decide on the host reads when every number it reads is a one. Conjugate gradients and MINRES: once before the first iteration, once in each; then
 # losses: the last two iterates, the start, and where the line search starts (it gives up at once: the slope is not negative); the loss before and after; the trials in the plane.
 READS = {
@@ -71,10 +72,10 @@ READS = {
 @pytest.mark.parametrize("method", METHODS)
 def test_every_kind_of_step(method):
     """Default settings. Shampoo's eigendecomposition waits for its error code, once for each shape of a side, and only when roots are made."""
-    short = {"max_iter": ITERATIONS} if method in HOST_DECISIONS else {}
+    short = {"max_iter": ITERATIONS} if method in SHORT else {"step_rule": None} if method in SEARCHING else {}  # a search of its own is counted below
     make = lambda model: build(method, model.train(method not in PER_EXAMPLE), observe_every=2, refresh_every=3, **short)
     # without kernels, vmap over the columns of a dense Fisher matrix is a loop, too long for this network
-    seen = counts(make, len(KINDS), chain if method == "NaturalGradient" else vision, HOST_DECISIONS.get(method, ()))
+    seen = counts(make, len(KINDS), chain if method in ("NaturalGradient", "Newton") else vision, HOST_DECISIONS.get(method, ()))
     assert [reads for reads, _ in seen] == [READS.get(method, {})] * len(KINDS)
     waits = {kind: seen[step][1] for kind, step in KINDS.items()}
     if method == "Shampoo":
@@ -83,6 +84,8 @@ def test_every_kind_of_step(method):
         assert waits.pop("observing and refreshing") == made
         # the second gradient doubles the statistics, so that roots grow old at once; the refresh after it finds nothing new and makes none
         assert waits.pop("observing") == made and waits.pop("refreshing") == {}
+    if method == "Newton":  # a decomposition of the whole Hessian is the method
+        assert all(waits.pop(kind) == {"_linalg_eigh": 1} for kind in KINDS)
     assert not any(waits.values()), waits
 
 
@@ -144,6 +147,14 @@ def test_line_search_reads_two_numbers_and_one_a_trial():
     trials = 3
     found = counts(lambda model: SGD(model, step_rule=Armijo(max_trials=trials)), 2, readers={"__call__"})
     assert [reads for reads, _ in found] == [{"__call__": 2 + trials}] * 2
+
+
+@pytest.mark.parametrize("method", SEARCHING)
+def test_wolfe_search_reads_loss_slope_length_and_two_numbers_a_trial(method):
+    """Loss 1 and slope 1 at every place are no Wolfe point of a search that follows the direction backward: all trials are made."""
+    trials = 3
+    found = counts(lambda model: build(method, model, step_rule=Wolfe(max_trials=trials)), 2, readers=HOST_DECISIONS[method])
+    assert [reads for reads, _ in found] == [{"_measured": 3, "value_and_slope": 2 * trials}] * 2
 
 
 def test_posterior_is_read_nowhere():
