@@ -11,7 +11,7 @@ from curvlab import Objective
 from curvlab.curvature import capture, conv_factors, kfac
 from curvlab.curvature.capture import input_gram, input_rows, layer_blocks, output_rows, patches
 from curvlab.curvature.conv_factors import conv_gram, output_gram, pays, site_gram
-from curvlab.curvature.structured import gram
+from curvlab.curvature.products import gram
 from curvlab.optim import KFAC
 
 LAYERS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

@@ -1,35 +1,38 @@
-"""Products, symmetric products and inverses: the quick ways through other libraries against the plain ones."""
+"""Products, symmetric products and inverses: the quick ways against the definitions in float64."""
 import pytest
 import torch
+from fake_device import DEVICE, fake_device, no_host_reads
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from curvlab.curvature.structured import KEPT, LEAST, NARROW, gram, product, spd_inverse, transposed
+from curvlab.curvature.capture import input_gram, input_rows, layer_blocks
+from curvlab.curvature.products import KEPT, LEAST, NARROW, STRIP, add_gram_, gram, product, spd_inverse, transposed
 
 
 @settings(deadline=None, max_examples=25)
-@given(m=st.integers(1, 150), k=st.integers(1, 150), n=st.integers(1, 150), flips=st.tuples(st.booleans(), st.booleans()), cut=st.booleans())
+@given(m=st.integers(1, 250), k=st.integers(1, 250), n=st.integers(1, 250), flips=st.tuples(st.booleans(), st.booleans()), cut=st.booleans())
 def test_product_of_any_layout(m, k, n, flips, cut):
     "Contiguous, transposed and strided operands, below and above the side where the library changes."
     make = lambda a, b, flip: torch.randn(b + cut, a + cut).mT[cut:, cut:] if flip else torch.randn(a + cut, b + cut)[cut:, cut:]
     X, Y = make(m, k, flips[0]), make(k, n, flips[1])
     exact = X.double() @ Y.double()
-    for got in (product(X, Y), product(X[None], Y[None])[0]):
+    for got in (product(X, Y), product(X[None], Y[None])[0], *product(torch.stack([X, X]), Y.expand(2, *Y.shape))):
         torch.testing.assert_close(got.double(), exact, rtol=0, atol=1e-5 * max(1, exact.abs().max()))
 
 
 def test_product_for_autograd_and_errors():
-    X, Y = torch.randn(80, 70, requires_grad=True), torch.randn(70, 90)
+    X, Y = torch.randn(180, 170, requires_grad=True), torch.randn(170, 190)
     product(X, Y).sum().backward()
-    torch.testing.assert_close(X.grad, Y.sum(1).expand(80, 70))
+    torch.testing.assert_close(X.grad, Y.sum(1).expand(180, 170))
     with pytest.raises(RuntimeError):
-        product(torch.randn(80, 70), torch.randn(80, 90))
+        product(torch.randn(180, 170), torch.randn(180, 190))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("width", [3, NARROW, NARROW + 1, 2 * NARROW + 77])
 def test_gram_against_the_definition(width, dtype):
-    rows, more = (torch.randn(1, 5, 41, width, dtype=dtype) for _ in range(2))
+    rows, more = (torch.randn(1, 5, 61, width, dtype=dtype) for _ in range(2))
     exact = torch.einsum("kbti,kbtj->kij", rows.double(), rows.double())
     total = exact + 0.25 * torch.einsum("kbti,kbtj->kij", more.double(), more.double())
     close = dict(rtol=0, atol=(1e-3 if dtype == torch.float32 else 1e-11))
@@ -66,17 +69,84 @@ def test_spd_inverse_of_what_has_none(n):
     assert out[1].isnan().any() and out[2].isnan().any()
 
 
+def random(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+WIDE = NARROW + 3 * STRIP + 9  # five strips, the last one incomplete
+LAYOUTS = {
+    "rows": lambda dtype: random(2, WIDE, 190, dtype=dtype), "columns": lambda dtype: random(2, 190, WIDE, dtype=dtype).mT, "slice": lambda dtype: random(2, 800, 300, dtype=dtype)[..., 30:220],
+    "slice of columns": lambda dtype: random(2, 190, 900, dtype=dtype)[..., 30:830].mT, "every second": lambda dtype: random(2, 1600, 380, dtype=dtype)[:, ::2, ::2], "one column": lambda dtype: random(2, 270, 1, dtype=dtype),
+    "one column of many": lambda dtype: random(2, 70, 7, dtype=dtype)[..., 3:4], "none": lambda dtype: random(2, 70, 0, dtype=dtype), "one row": lambda dtype: random(2, 1, 9, dtype=dtype), "small": lambda dtype: random(2, 6, 9, dtype=dtype),
+}
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_symmetric_products_of_any_layout(layout, dtype, tensor):
+    M = LAYOUTS[layout](dtype)
+    n, before = M.shape[1], random(2, M.shape[1] + 1, M.shape[1] + 1, dtype=dtype, seed=1)
+    before = before + before.mT
+    whole = before.clone()
+    out = whole[:, :n, :n]  # in the corner of a larger matrix
+    assert add_gram_(out, M, torch.tensor(0.3, dtype=dtype) if tensor else 0.3) is out
+    expected = before.double().clone()
+    expected[:, :n, :n] += 0.3 * M.double() @ M.double().mT
+    assert (whole.double() - expected).abs().max() < {torch.float32: 1e-4, torch.float64: 1e-12, torch.bfloat16: 1.0}[dtype]
+    assert M.shape[-1] == 0 or (whole - before).abs().max() > 0.05
+
+
+def test_shapes_that_do_not_fit_change_nothing():
+    M = random(2, 6, 9)
+    for out in (random(2, 9, 9), random(6, 6), random(2, 6, 6, dtype=torch.float32), random(1, 6, 6)):
+        before = out.clone()
+        with pytest.raises(ValueError, match="own dtype"):
+            add_gram_(out, M)
+        assert torch.equal(out, before)
+
+
+@pytest.mark.parametrize("n", [3, WIDE])
+def test_gradients_of_symmetric_products(n):
+    M = random(1, n, 190).requires_grad_()
+    add_gram_(torch.zeros(1, n, n, dtype=torch.float64), M)[0, 2, 0].backward()
+    assert torch.allclose(M.grad[0, 2], M.detach()[0, 0]) and torch.allclose(M.grad[0, 0], M.detach()[0, 2])
+
+
+def test_nothing_is_read_from_a_device():
+    with fake_device():
+        out, M, alpha = torch.zeros(2, 300, 300), torch.zeros(2, 300, 90), torch.ones(())
+        with no_host_reads():
+            assert add_gram_(add_gram_(out, M, 0.5), M, alpha).device == DEVICE
+            assert product(M, out.new_zeros(2, 90, 70)).device == DEVICE
+
+
 def test_kept_memory_is_reused_and_results_are_not_in_it():
-    first, second = torch.randn(1, 4, 90, 300), torch.randn(1, 4, 70, 280)
+    first, second = torch.randn(1, 4, 120, 300), torch.randn(1, 4, 118, 280)
     one = gram(first)
     copy = one.clone()
     gram(second)
     assert torch.equal(one, copy)
-    a = transposed(first[0, 0])
-    assert torch.equal(a, first[0, 0].mT) and transposed(second[0, 0]).data_ptr() == a.data_ptr()
-    assert torch.equal(transposed(first[0, 0].double()), first[0, 0].mT.double())
+    a = transposed(first[0, 0], "rows")
+    assert torch.equal(a, first[0, 0].mT) and transposed(second[0, 0], "rows").data_ptr() == a.data_ptr()
+    assert transposed(second[0, 0], "strip").data_ptr() != a.data_ptr()
+    assert torch.equal(transposed(first[0, 0].double(), "rows"), first[0, 0].mT.double())
     with torch.inference_mode():
         gram(first)
     torch.testing.assert_close(gram(first), copy)
     wide = torch.zeros(2, KEPT // 2 + 1)
-    assert transposed(wide).data_ptr() != transposed(first[0, 0]).data_ptr()
+    assert transposed(wide, "rows").data_ptr() != transposed(first[0, 0], "rows").data_ptr()
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 7), (5, 6, 7), (4, 3, 2, 7)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_input_factor_of_a_linear_layer_without_longer_rows(shape, bias):
+    "The border is the sum of the inputs and their number; some positions stand for all."
+    layer, x = nn.Linear(7, 3, bias=bias), random(*shape)
+    block, = layer_blocks(layer)
+    rows = input_rows(block, layer, x)
+    total = input_gram(block, layer, x, torch.double)
+    torch.testing.assert_close(total, gram(rows))
+    assert input_gram(block, layer, x, torch.double, total, slice(1, None, 2)) is total
+    kept = rows[:, :, 1::2] if rows.shape[2] > 1 else rows
+    torch.testing.assert_close(total, gram(rows) + rows.shape[2] / kept.shape[2] * gram(kept))

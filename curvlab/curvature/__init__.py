@@ -20,7 +20,7 @@ HOMES = {
     "approximations": ["diagonal", "block_diagonal", "kfac", "ekfac", "kronecker_error"],
     "random_matrices": ["semicircle", "spiked_wigner", "effective_batch", "noise_level"],
     "pruning": ["Surgeon", "kronecker_saliencies"],
-    "symmetric": ["add_gram_", "mirrored"],
+    "products": ["product", "add_gram_", "gram", "spd_inverse"],
     "shaping": ["blocks", "merge_dims", "unfold", "fold"],
 }
 

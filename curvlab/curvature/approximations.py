@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .capture import LayerBlock, LayerCapture, Sample
 from .capture_layers import EmbeddingBlock, NormBlock, curvature_blocks, unrolling
 from .conv_factors import output_gram
-from .structured import BlockDiagonal, Dense, Diagonal, gram, Kronecker, KroneckerDiagonal, KroneckerEigen
+from .products import gram
+from .structured import BlockDiagonal, Dense, Diagonal, Kronecker, KroneckerDiagonal, KroneckerEigen
 from .structured_operator import StructuredOperator
 from ..likelihood import FISHERS
 from ..objective import Closure, Objective, bare, say_once

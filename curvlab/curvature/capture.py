@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from .conv_factors import conv_gram, output_gram, paddings, pays
-from .structured import gram
+from .products import add_gram_, gram
 from ..likelihood import FISHERS
 from ..objective import Closure, Evaluation
 
 # %% auto #0
 __all__ = ['CONVOLUTIONS', 'SUPPORTED', 'EVERY', 'LayerBlock', 'layer_blocks', 'padded', 'slide', 'patches', 'patch_sum',
-           'input_rows', 'input_sum', 'input_gram', 'output_rows', 'Use', 'thinned', 'Sample', 'stable_edge', 'watch',
-           'LayerCapture', 'sweep']
+           'input_rows', 'input_sum', 'thinned', 'linear_gram', 'input_gram', 'output_rows', 'Use', 'Sample',
+           'stable_edge', 'watch', 'LayerCapture', 'sweep']
 
 # %% ../../nbs/curvature/capture.ipynb #93b7e22b
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -149,55 +149,7 @@ def input_sum(block: LayerBlock, module: nn.Module, x: Tensor) -> Tensor:
     sites = math.prod((n - d * (k - 1) - 1) // s + 1 for n, d, k, s in zip(padded(module, x[:1]).shape[2:], module.dilation, module.kernel_size, module.stride))
     return total if block.bias is None else F.pad(total, (0, 1), value=float(sites))
 
-
-def input_gram(block: LayerBlock, module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
-    "`gram` of the `input_rows` of a convolution for which `pays` is true, `(groups, in [+ 1], in [+ 1])`, without making the rows."
-    x = x.to(dtype)
-    A = conv_gram(module, x)
-    if block.bias is None:
-        return A
-    n, border = A.shape[-1], input_sum(block, module, x.sum(0, keepdim=True))[:, 0]
-    A = F.pad(A, (0, 1, 0, 1))
-    A[:, n], A[:, :, n] = border, border
-    A[:, n, n] *= len(x)
-    return A
-
-
-def output_rows(module: nn.Module, g: Tensor) -> Tensor:
-    "Output-gradients as rows `(groups, B, T, out / groups)`."
-    if isinstance(module, nn.Linear):
-        return g.reshape(1, len(g), -1, g.shape[-1]) if g.ndim > 1 else g.reshape(1, 1, 1, -1)
-    g = g if g.ndim == len(module.kernel_size) + 2 else g.unsqueeze(0)
-    return g.reshape(len(g), module.groups, g.shape[1] // module.groups, -1).permute(1, 0, 3, 2)
-
-# %% ../../nbs/curvature/capture.ipynb #67d70066
-@dataclass
-class Use:
-    """One application of a block in a forward pass.
-
-    Attributes:
-        inputs: computes the input rows; sums: their sum over positions `(groups, B, in [+ 1])`, where there is a quicker way; gram: their Gram matrix in a given dtype, likewise.
-        outputs: turns a gradient of the output into rows.
-        shape: of the output.
-        edge: where autograd delivers the output's gradient.
-    """
-
-    block: LayerBlock
-    inputs: Callable[[], Tensor]
-    outputs: Callable[[Tensor], Tensor]
-    shape: torch.Size
-    edge: Any
-    sums: Callable[[], Tensor] | None = None
-    gram: Callable[[torch.dtype], Tensor] | None = None
-    _rows: Tensor | None = None
-
-    def a(self) -> Tensor:
-        "Input rows, computed once however many cotangents are pulled back."
-        if self._rows is None:
-            self._rows = self.inputs()
-        return self._rows
-
-# %% ../../nbs/curvature/capture.ipynb #fe022006
+# %% ../../nbs/curvature/capture.ipynb #2aba24eb
 EVERY = slice(None)
 
 
@@ -211,6 +163,75 @@ def thinned(rows: Tensor, positions: slice, dtype: torch.dtype, before: Tensor |
     return kept, before, share if factor is None else factor * share
 
 
+def linear_gram(block: LayerBlock, x: Tensor, dtype: torch.dtype, before: Tensor | None = None, positions: slice = EVERY) -> Tensor:
+    "`input_gram` of a linear layer: the homogeneous coordinate is a border of sums, for which no row needs to be longer."
+    rows, before, share = thinned(x.reshape(1, len(x), -1, x.shape[-1]) if x.ndim > 1 else x.reshape(1, 1, 1, -1), positions, dtype, before)
+    M, share, n = rows.flatten(1, 2).mT, 1.0 if share is None else share, x.shape[-1]
+    m = n + (block.bias is not None)
+    A = M.new_zeros(1, m, m) if before is None else before
+    add_gram_(A[:, :n, :n], M, share)
+    if m > n:
+        border = M.sum(-1) * share
+        A[:, n, :n] += border
+        A[:, :n, n] += border
+        A[:, n, n] += M.shape[-1] * share
+    return A
+
+
+def input_gram(block: LayerBlock, module: nn.Module, x: Tensor, dtype: torch.dtype, before: Tensor | None = None, positions: slice = EVERY) -> Tensor:
+    """`before` (written into) plus `gram` of the `input_rows`, `(groups, in [+ 1], in [+ 1])`, without making the rows.
+
+    Args:
+        module: a linear layer, or a convolution for which `pays` is true.
+        positions: estimate the sum from these; without effect on convolutions, whose exact sum takes no rows.
+    """
+    if isinstance(module, nn.Linear):
+        return linear_gram(block, x, dtype, before, positions)
+    x = x.to(dtype)
+    A = conv_gram(module, x)
+    if block.bias is not None:
+        n, border = A.shape[-1], input_sum(block, module, x.sum(0, keepdim=True))[:, 0]
+        A = F.pad(A, (0, 1, 0, 1))
+        A[:, n], A[:, :, n] = border, border
+        A[:, n, n] *= len(x)
+    return A if before is None else before.add_(A)
+
+# %% ../../nbs/curvature/capture.ipynb #37670d54
+def output_rows(module: nn.Module, g: Tensor) -> Tensor:
+    "Output-gradients as rows `(groups, B, T, out / groups)`."
+    if isinstance(module, nn.Linear):
+        return g.reshape(1, len(g), -1, g.shape[-1]) if g.ndim > 1 else g.reshape(1, 1, 1, -1)
+    g = g if g.ndim == len(module.kernel_size) + 2 else g.unsqueeze(0)
+    return g.reshape(len(g), module.groups, g.shape[1] // module.groups, -1).permute(1, 0, 3, 2)
+
+# %% ../../nbs/curvature/capture.ipynb #67d70066
+@dataclass
+class Use:
+    """One application of a block in a forward pass.
+
+    Attributes:
+        inputs: computes the input rows; sums: their sum over positions `(groups, B, in [+ 1])`, where there is a quicker way; gram: adds to their Gram matrix without the rows, see `input_gram`, likewise.
+        outputs: turns a gradient of the output into rows.
+        shape: of the output.
+        edge: where autograd delivers the output's gradient.
+    """
+
+    block: LayerBlock
+    inputs: Callable[[], Tensor]
+    outputs: Callable[[Tensor], Tensor]
+    shape: torch.Size
+    edge: Any
+    sums: Callable[[], Tensor] | None = None
+    gram: Callable[..., Tensor] | None = None
+    _rows: Tensor | None = None
+
+    def a(self) -> Tensor:
+        "Input rows, computed once however many cotangents are pulled back."
+        if self._rows is None:
+            self._rows = self.inputs()
+        return self._rows
+
+# %% ../../nbs/curvature/capture.ipynb #fe022006
 @dataclass
 class Sample:
     """Rows of one use for one cotangent.
@@ -241,8 +262,7 @@ class Sample:
         """
         if self.use.gram is None:
             return gram(*thinned(self.a, positions, dtype, before))
-        A = self.use.gram(dtype)
-        return A if before is None else before.add_(A)
+        return self.use.gram(dtype, before, positions)
 
     def output_gram(self, dtype: torch.dtype, before: Tensor | None = None, factor: Tensor | float | None = None, positions: slice = EVERY) -> Tensor:
         "`before` (written into) plus `factor` times the sum of `g g^T`, `(groups, out, out)`, estimated from some of the positions."
@@ -265,7 +285,7 @@ def watch(self: LayerBlock, record: Callable[[Use], None]) -> Iterator[None]:
         if isinstance(output, Tensor) and output.requires_grad:
             output, edge = stable_edge(output)
             x = (args[0] if args else kwargs["input"]).detach()
-            quick = isinstance(module, CONVOLUTIONS) and x.ndim == len(module.kernel_size) + 2 and pays(module, x.shape)
+            quick = isinstance(module, nn.Linear) or x.ndim == len(module.kernel_size) + 2 and pays(module, x.shape)
             record(Use(self, partial(input_rows, self, module, x), partial(output_rows, module), output.shape, edge, partial(input_sum, self, module, x), partial(input_gram, self, module, x) if quick else None))
             return output
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from .structured import gram
+from .products import gram
 
 # %% auto #0
 __all__ = ['KERNEL_GRADIENT', 'SMALL', 'CROWDED', 'shift_products', 'every_site', 'site_gram', 'paddings', 'conv_gram', 'pays',

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .symmetric import add_gram_, mirrored
+from .products import add_gram_
 
 # %% auto #0
 __all__ = ['RESOLUTION', 'RIDGES', 'CLAMPS', 'METHODS', 'eigendecomposition', 'resolution', 'largest_eigenvalue', 'ridge_size',
@@ -26,20 +26,19 @@ def _checked(M: Tensor) -> None:
         raise ValueError(f"M has shape {tuple(M.shape)} and dtype {M.dtype}; pass real square matrices (..., n, n)")
 
 
-def eigendecomposition(M: Tensor, dtype: torch.dtype = torch.float64, lower: bool = False) -> tuple[Tensor, Tensor]:
+def eigendecomposition(M: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Eigenvalues `(..., n)`, ascending, and eigenvectors `(..., n, n)` in columns, of symmetric matrices.
 
     Args:
         M: `(..., n, n)`; the symmetric part is used. A matrix with an entry that is not finite gets NaN eigenvalues.
         dtype: precision of the computation and of the results. Where LAPACK does not converge, float64 is tried before giving up.
-        lower: the lower triangle is used instead (see `curvlab.curvature.symmetric`); above the diagonal may be anything finite.
 
     Raises:
         ValueError: `M` is not a stack of real square matrices.
     """
     _checked(M)
     A = M.to(dtype)
-    A = A if lower else (A + A.mT) / 2
+    A = (A + A.mT) / 2
     finite = A.abs().amax((-1, -2)).isfinite()
     A = torch.where(finite[..., None, None], A, torch.eye(A.shape[-1], dtype=dtype, device=A.device))
     try:
@@ -100,7 +99,7 @@ def ridge_size(M: Tensor, eps: float, ridge: str = "absolute", largest: Tensor |
 CLAMPS = ("floor", "pseudo")
 
 
-def power(M: Tensor, exponent: float, eps: float = 0.0, *, ridge: str = "absolute", clamp: str = "floor", dtype: torch.dtype = torch.float64, lower: bool = False) -> Tensor:
+def power(M: Tensor, exponent: float, eps: float = 0.0, *, ridge: str = "absolute", clamp: str = "floor", dtype: torch.dtype = torch.float64) -> Tensor:
     """`(M + eps I)**exponent` for symmetric positive semi-definite `M`, by eigendecomposition.
 
     Args:
@@ -109,21 +108,20 @@ def power(M: Tensor, exponent: float, eps: float = 0.0, *, ridge: str = "absolut
         eps, ridge: size and unit of the ridge, see `ridge_size`.
         clamp: what to do with eigenvalues below the resolution of `M`'s dtype (negative ones included): `"floor"` raises them to it if the ridge did not, `"pseudo"` sets their power to zero.
         dtype: precision of the computation; the result has the dtype of `M`.
-        lower: use the lower triangles of `M` only, see `eigendecomposition`.
 
     Raises:
         ValueError: `M` is not a stack of square matrices, `eps` is negative, or a policy is unknown.
     """
     if clamp not in CLAMPS:
         raise ValueError(f"clamp={clamp!r} is unknown; use one of {', '.join(CLAMPS)}")
-    values, vectors = eigendecomposition(M, dtype, lower)
+    values, vectors = eigendecomposition(M, dtype)
     smallest = resolution(M) * values[..., -1:]
     shift = ridge_size(M.to(dtype), eps, ridge, values[..., -1])[..., None]
     powers = (values + shift).maximum(smallest) ** exponent
     if clamp == "pseudo":
         powers = torch.where(values > smallest, powers, 0.0)
     B = (vectors * powers.sqrt().unsqueeze(-2)).reshape(-1, *M.shape[-2:])
-    return mirrored(add_gram_(torch.zeros(B.shape, dtype=dtype, device=B.device), B)).reshape(M.shape).to(M.dtype)
+    return add_gram_(torch.zeros(B.shape, dtype=dtype, device=B.device), B).reshape(M.shape).to(M.dtype)
 
 # %% ../../nbs/curvature/roots.ipynb #c5ad12de
 def newton_iterations(n: int, p: int, eps: float, ridge: str, resolution: float) -> int:
@@ -170,7 +168,7 @@ METHODS = ("eigh", "newton")
 
 
 def inverse_root(
-    M: Tensor, p: float, eps: float = 0.0, method: str = "eigh", *, ridge: str = "absolute", clamp: str = "floor", dtype: torch.dtype = torch.float64, iterations: int | None = None, lower: bool = False
+    M: Tensor, p: float, eps: float = 0.0, method: str = "eigh", *, ridge: str = "absolute", clamp: str = "floor", dtype: torch.dtype = torch.float64, iterations: int | None = None
 ) -> Tensor:
     """`(M + eps I)**(-1/p)` for a stack of symmetric positive semi-definite matrices.
 
@@ -182,7 +180,6 @@ def inverse_root(
         clamp: see `power`. Newton's method knows no eigenvalues; there `"floor"` makes the ridge at least the resolution of `M`.
         dtype: precision of the computation.
         iterations: of Newton's method; default: enough for the ridge, see `newton_iterations`.
-        lower: use the lower triangles of `M` only, see `eigendecomposition`.
 
     Raises:
         ValueError: `p` is not positive (not a positive integer for `"newton"`), a policy or method is unknown, `"pseudo"` with `"newton"`.
@@ -192,11 +189,11 @@ def inverse_root(
     if not p > 0 or (method == "newton" and p != int(p)):
         raise ValueError(f"p={p!r} with method={method!r}: use p > 0, and an integer for 'newton'")
     if method == "eigh":
-        return power(M, -1 / p, eps, ridge=ridge, clamp=clamp, dtype=dtype, lower=lower)
+        return power(M, -1 / p, eps, ridge=ridge, clamp=clamp, dtype=dtype)
     if clamp != "floor":
         raise ValueError(f"clamp={clamp!r} needs eigenvalues; use 'floor' with method='newton'")
     _checked(M)
-    A = mirrored(M.to(dtype)) if lower else M.to(dtype)
+    A = M.to(dtype)
     largest = largest_eigenvalue(A)
     size = ridge_size(A, eps, ridge, largest).maximum(resolution(M) * largest)
     A = (A + A.mT) / 2 + size[..., None, None] * torch.eye(A.shape[-1], dtype=dtype, device=A.device)

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from .symmetric import add_gram_
+from .products import add_gram_, product
 
 # %% auto #0
 __all__ = ['drop_ones', 'merge_dims', 'unfold', 'fold', 'mode_gram', 'add_mode_gram_', 'mode_product', 'Blocks', 'blocks']
@@ -68,10 +68,7 @@ def mode_gram(stack: Tensor, mode: int, diagonal: bool = False) -> Tensor:
 
 
 def add_mode_gram_(out: Tensor, stack: Tensor, mode: int, alpha: float = 1.0) -> Tensor:
-    """Add `alpha` times the mode's Gram matrices to `out` `(K, n, n)`, or their diagonals to `out` `(K, n)`, in place; returns `out`.
-
-    Of matrices, only the lower triangle is meant: see `curvlab.curvature.symmetric`.
-    """
+    """Add `alpha` times the mode's Gram matrices to `out` `(K, n, n)`, or their diagonals to `out` `(K, n)`, in place; returns `out`."""
     M = unfold(stack, mode)
     return out.add_(M.square().sum(-1), alpha=alpha) if out.ndim == 2 else add_gram_(out, M, alpha)
 
@@ -81,8 +78,8 @@ def mode_product(stack: Tensor, matrices: Tensor, mode: int) -> Tensor:
     if matrices.ndim == 2:
         return stack * matrices.reshape(matrices.shape[0], *[-1 if i == mode else 1 for i in range(stack.ndim - 1)])
     if mode == stack.ndim - 2:  # the rows of memory are the fibres: the result keeps the layout of the stack
-        return (stack.flatten(1, -2) @ matrices.mT).reshape(stack.shape) if mode else (matrices @ stack.unsqueeze(-1)).squeeze(-1)
-    return fold(matrices @ unfold(stack, mode), mode, stack.shape[1:])
+        return product(stack.flatten(1, -2), matrices.mT).reshape(stack.shape) if mode else (matrices @ stack.unsqueeze(-1)).squeeze(-1)
+    return fold(product(matrices, unfold(stack, mode)), mode, stack.shape[1:])
 
 # %% ../../nbs/curvature/shaping.ipynb #35c46117
 @dataclass(frozen=True)

@@ -5,124 +5,19 @@
 # %% ../../nbs/curvature/structured.ipynb #dfc45be8
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.linalg import get_lapack_funcs
 from torch import Tensor
 
+from .products import add_diagonal, product, spd_inverse
 from .roots import eigendecomposition
 
 # %% auto #0
-__all__ = ['LEAST', 'NARROW', 'STRIP', 'KEPT', 'scratch', 'other_library', 'dense', 'product', 'host_inverse', 'spd_inverse',
-           'add_diagonal', 'transposed', 'gram', 'as_columns', 'Dense', 'Diagonal', 'pi_of', 'ratio_root', 'Kronecker',
-           'KroneckerEigen', 'KroneckerDiagonal', 'LowRankDiagonal', 'BlockDiagonal', 'KroneckerDifference',
-           'BlockTridiagonal']
-
-# %% ../../nbs/curvature/structured.ipynb #80d3c594
-LEAST = 64  # sides below which another library's call costs more than it saves
-
-
-def other_library(x: Tensor, y: Tensor) -> bool:
-    "Whether `x @ y`, for plain matrices, is left to oneDNN."
-    plain = type(x) is Tensor and type(y) is Tensor and x.dtype == y.dtype == torch.float32 and x.device.type == y.device.type == "cpu"
-    if not plain or min(*x.shape, *y.shape) < LEAST or torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        return False
-    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def dense(x: Tensor) -> Tensor:
-    "`x` itself where its entries, or those of its transpose, follow each other in memory, else a copy: on anything else oneDNN is slow."
-    return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
-
-
-def product(x: Tensor, y: Tensor) -> Tensor:
-    "`x @ y` for `(..., m, k)` and `(..., k, n)`, by the faster library."
-    if x.ndim == y.ndim > 2 and x.shape[:-2].numel() == y.shape[:-2].numel() == 1:
-        return product(x.flatten(0, -2), y.flatten(0, -2)).view(*x.shape[:-1], y.shape[-1])
-    if x.ndim == y.ndim == 2 and x.shape[1] == y.shape[0] and other_library(x, y):
-        return torch.ops.mkldnn._linear_pointwise(dense(x), dense(y.mT), None, "none", [], "")
-    return x @ y
-
-# %% ../../nbs/curvature/structured.ipynb #f698b8f5
-def host_inverse(M: Tensor) -> Tensor | None:
-    "Inverse of one symmetric positive definite matrix by SciPy's LAPACK; `None` if it is not numerically definite."
-    potrf, potri = get_lapack_funcs(("potrf", "potri"), dtype=M.numpy().dtype)
-    L, failed = potrf(M.numpy().T, lower=True, clean=True)  # a symmetric matrix is its own transpose, which is in the order LAPACK wants
-    if failed:
-        return None
-    inverse = torch.from_numpy(potri(L, lower=True, overwrite_c=True)[0].T)
-    for a in range(0, len(inverse), LEAST):  # what is below the diagonal is still missing
-        b = a + LEAST
-        inverse[b:, a:b] = inverse[a:b, b:].mT
-        inverse[a:b, a:b] += inverse[a:b, a:b].triu(1).mT
-    return inverse
-
-
-def spd_inverse(M: Tensor) -> Tensor:
-    """Inverse of symmetric positive definite `M` `(..., n, n)`; half precision is computed in float32.
-
-    A matrix that is numerically indefinite is inverted with its diagonal raised by the size of its rounding error (once, at 1e3 * eps * trace); a matrix that is not finite gives NaN.
-    """
-    if M.device.type == "cpu" and M.dtype in (torch.float32, torch.float64) and M.shape[-1] >= LEAST and not M.requires_grad:
-        inverses = [host_inverse(m) for m in M.reshape(-1, *M.shape[-2:])]
-        if not any(m is None for m in inverses):
-            return (inverses[0] if len(inverses) == 1 else torch.stack(inverses)).view(M.shape)
-    L, info = torch.linalg.cholesky_ex(M)
-    raised = add_diagonal(M, 1e3 * torch.finfo(M.dtype).eps * M.diagonal(dim1=-2, dim2=-1).sum(-1))
-    L2, info2 = torch.linalg.cholesky_ex(raised)
-    L = torch.where((info == 0)[..., None, None], L, L2)
-    bad = ((info != 0) & (info2 != 0))[..., None, None]
-    return torch.cholesky_inverse(torch.where(bad, torch.nan, L))
-
-
-def add_diagonal(M: Tensor, value: Tensor | float) -> Tensor:
-    "`M + value * I` without forming the identity; `value` is a number or has the batch shape of `M`."
-    out = M.clone()
-    diagonal = out.diagonal(dim1=-2, dim2=-1)
-    diagonal += value[..., None] if isinstance(value, Tensor) and value.ndim else value
-    return out
-
-# %% ../../nbs/curvature/structured.ipynb #cf54e15a
-NARROW = 256  # columns up to which a symmetric product is not cut
-STRIP = 128  # columns of a strip
-
-
-KEPT = 2**22  # numbers up to which the memory of a transposed matrix is kept
-scratch = threading.local()
-
-
-def transposed(r: Tensor) -> Tensor:
-    "`r^T` with its own rows one after the other, good until the next call in this thread. On a processor large memory that is given back comes anew each time, page by page, so it is kept."
-    if r.device.type != "cpu" or r.numel() > KEPT or r.requires_grad or torch.is_inference_mode_enabled():
-        return r.mT.contiguous()
-    memory = getattr(scratch, str(r.dtype), None)
-    if memory is None or len(memory) < r.numel():
-        memory = torch.empty(r.numel(), dtype=r.dtype)
-        setattr(scratch, str(r.dtype), memory)
-    return memory[: r.numel()].view(r.shape[1], r.shape[0]).copy_(r.mT)
-
-
-def gram(rows: Tensor, before: Tensor | None = None, factor: Tensor | float | None = None) -> Tensor:
-    "`before + factor * sum of r r^T` over rows `(groups, B, T, d)`: `(groups, d, d)`; `before` is symmetric and is written into."
-    r = rows.flatten(1, 2)
-    groups, _, d = r.shape
-    scaled = (lambda M: M) if factor is None else (lambda M: M.mul_(factor))
-    if groups > 1 or d <= NARROW:
-        new = scaled(product(r.mT, r))
-        return new if before is None else before.add_(new)
-    out = r.new_empty(1, d, d) if before is None else before
-    columns = transposed(r[0])  # a strip of these is a matrix of its own
-    for a in range(0, d, STRIP):
-        b = min(a + STRIP, d)
-        new = scaled(product(columns[a:], columns[a:b].mT))
-        below = out[0, a:, a:b]
-        below.copy_(new) if before is None else below.add_(new)
-        out[0, a:b, b:] = below[b - a :].mT
-    return out
+__all__ = ['as_columns', 'Dense', 'Diagonal', 'pi_of', 'ratio_root', 'Kronecker', 'KroneckerEigen', 'KroneckerDiagonal',
+           'LowRankDiagonal', 'BlockDiagonal', 'KroneckerDifference', 'BlockTridiagonal']
 
 # %% ../../nbs/curvature/structured.ipynb #4fcebc86
 def as_columns(V: Tensor, batch: int, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -295,12 +190,12 @@ class KroneckerEigen:
 
     def rotate(self, V: Tensor) -> Tensor:
         "Coordinates in the eigenbasis, `QG^T V QA`."
-        W = self.QG.mT @ V
-        return W if self.QA is None else W @ self.QA
+        W = product(self.QG.mT, V)
+        return W if self.QA is None else product(W, self.QA)
 
     def __matmul__(self, V: Tensor) -> Tensor:
-        W = self.QG @ (self.s * self.rotate(V))
-        return W if self.QA is None else W @ self.QA.mT
+        W = product(self.QG, self.s * self.rotate(V))
+        return W if self.QA is None else product(W, self.QA.mT)
 
     def damped(self, lam: Tensor | float) -> KroneckerEigen:
         "Exact: adds `lam` to every eigenvalue."

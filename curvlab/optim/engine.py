@@ -380,7 +380,7 @@ def _rescale(self: CurvatureOptimizer, active: Active, directions: list[list[Ten
     for name, power in (("kl_clip", 1), ("max_norm", 2)):
         if group[name] is not None:
             flat = [(d, g if name == "kl_clip" else d) for ds, (_, _, grads) in zip(directions, active) for d, g in zip(ds, grads)]
-            size = group["lr"] ** 2 * torch.stack([(d * other).sum() for d, other in flat]).sum().abs()
+            size = group["lr"] ** 2 * torch.stack([torch.dot(d.reshape(-1), other.reshape(-1)) for d, other in flat]).sum().abs()
             factor = (group[name] ** power / size.clamp(min=1e-38)).sqrt().clamp(max=1.0)
             for i, ds in enumerate(directions):
                 directions[i] = torch._foreach_mul(ds, factor)

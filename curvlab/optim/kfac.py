@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..curvature.capture import LayerBlock, LayerCapture, Sample, layer_blocks
+from ..curvature.products import gram, product, spd_inverse
 from ..curvature.roots import eigendecomposition, grouped
-from ..curvature.structured import BlockTridiagonal, gram, Kronecker, KroneckerDifference, KroneckerEigen, spd_inverse
+from ..curvature.structured import BlockTridiagonal, Kronecker, KroneckerDifference, KroneckerEigen
 from ..likelihood import FISHERS
 from .engine import CurvatureOptimizer, require, wide
 
@@ -46,7 +47,7 @@ class FactorSums:
 
     def add_cross(self, a: tuple[Tensor, Tensor], g: tuple[Tensor, Tensor], weight: float | Tensor, first: bool) -> None:
         "The same between two layers: `a[0] a[1]^T` and `g[0] g[1]^T`, summed over rows."
-        A, G = (x.flatten(1, 2).mT @ y.flatten(1, 2) for x, y in (a, g))
+        A, G = (product(x.flatten(1, 2).mT, y.flatten(1, 2)) for x, y in (a, g))
         if first:
             self.A = A if self.A is None else self.A + A
         self.G = G / weight if self.G is None else self.G + G / weight
@@ -131,9 +132,11 @@ def _collect(self: KFAC, samples: list[Sample], weight: float | Tensor, first: b
                 seen = self.state[s.block.weight].get("observed", 0)
                 sums.add_sample(s, dtype, weight, first, slice(seen % self.positions, None, self.positions))
                 continue
-            a, g = s.a.to(dtype), s.g.to(dtype)
+            g = s.g.to(dtype)
             if self.approximation == "reduce":
-                a, g = a.mean(2, keepdim=True), g.sum(2, keepdim=True)
+                a, g = (s.use.sums().to(dtype) / g.shape[2]).unsqueeze(2), g.sum(2, keepdim=True)
+            else:
+                a = s.a.to(dtype)
             sums.add(a, g, weight, first)
             rows.append((s.block.name, a, g))
         self._uses.update(uses)

@@ -38,7 +38,7 @@ def side_root(H: Tensor, p: int, eps: float, method: str, ridge: str, dtype: tor
     """`(H + ridge)**(-1/p)` of statistics: matrices `(K, n, n)` or diagonals `(K, n)`.
 
     Args:
-        H: positive semi-definite; of matrices, the lower triangle is used.
+        H: positive semi-definite.
         p: twice the order of the tensor.
         eps, ridge: size and unit of the ridge, see `curvlab.curvature.roots.ridge_size`.
         method: for matrices, `"eigh"` or `"newton"`.
@@ -49,7 +49,7 @@ def side_root(H: Tensor, p: int, eps: float, method: str, ridge: str, dtype: tor
         one = torch.ones_like(H) if H.ndim == 2 else torch.eye(H.shape[-1], dtype=H.dtype, device=H.device).expand_as(H)
         H = torch.where(trace.reshape(-1, *[1] * (H.ndim - 1)) > 0, H, one)
     if H.ndim == 3:
-        return inverse_root(H, p, eps, method, ridge=ridge, dtype=dtype or (H.dtype if method == "eigh" else torch.float64), lower=True)
+        return inverse_root(H, p, eps, method, ridge=ridge, dtype=dtype or (H.dtype if method == "eigh" else torch.float64))
     unit = {"absolute": lambda: 1.0, "mean": lambda: H.mean(-1, keepdim=True), "max": lambda: H.amax(-1, keepdim=True)}[ridge]()
     return (H + eps * unit) ** (-1 / p)
 
@@ -102,7 +102,7 @@ class Shampoo(CurvatureOptimizer):
 
     Statistics of half-precision parameters are float32. A root by `"eigh"` has a relative error of at most about `8 u kappa / (2 k)`: machine epsilon `u` of the computation, condition number `kappa` after the ridge (at most `1 + 1 / eps` with `ridge="max"`), order `k`.
 
-    State of a parameter: `gram.kind.mode` (of matrices, the lower triangle: see `curvlab.curvature.symmetric.mirrored`) and `root.kind.mode`, matrices `(K, n, n)` or diagonals `(K, n)` for `K` blocks of one kind; `observed` and `rooted`, the numbers of gradients in the statistics and in the roots.
+    State of a parameter: `gram.kind.mode` and `root.kind.mode`, matrices `(K, n, n)` or diagonals `(K, n)` for `K` blocks of one kind; `observed` and `rooted`, the numbers of gradients in the statistics and in the roots.
 
     Raises:
         ValueError: an argument out of its range.

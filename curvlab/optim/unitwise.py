@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..curvature.capture import LayerBlock, LayerCapture, Sample, input_rows, layer_blocks, stable_edge
+from ..curvature.products import spd_inverse
 from ..curvature.roots import grouped
-from ..curvature.structured import spd_inverse
 from ..likelihood import FISHERS
 from ..objective import Evaluation
 from .engine import CurvatureOptimizer, require, wide
