@@ -66,13 +66,14 @@ READS = {
     "HessianFree": {"cg": 1 + ITERATIONS, "loss_at": 4, "solve": 1},
     "TruncatedNaturalGradient": {"minres": 1 + ITERATIONS, "loss_at": 2, "_adapt_damping": 1},
     "NaturalConjugateGradient": {"minres": 1 + ITERATIONS, "loss_at": 9, "_adapt_damping": 1},
+    "MultidimBacktracking": {"_judge": ITERATIONS, "_half_space": ITERATIONS},  # every trial is judged, and every rejected one cuts the set
 }
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_kind_of_step(method):
     """Default settings. Shampoo's eigendecomposition waits for its error code, once for each shape of a side, and only when roots are made."""
-    short = {"max_iter": ITERATIONS} if method in SHORT else {"step_rule": None} if method in SEARCHING else {}  # a search of its own is counted below
+    short = dict.fromkeys(SHORT[method], ITERATIONS) if method in SHORT else {"step_rule": None} if method in SEARCHING else {}  # a search of its own is counted below
     make = lambda model: build(method, model.train(method not in PER_EXAMPLE), observe_every=2, refresh_every=3, **short)
     # without kernels, vmap over the columns of a dense Fisher matrix is a loop, too long for this network
     seen = counts(make, len(KINDS), chain if method in ("NaturalGradient", "Newton") else vision, HOST_DECISIONS.get(method, ()))
