@@ -170,8 +170,7 @@ def test_batch_norm(method, refuses):
         assert all(map(torch.isfinite, map(torch.tensor, losses)))
         assert problem.model.norm.num_batches_tracked == FEW
         ends.append(losses[-1] / losses[0])
-    assert sum(end < 1 for end in ends) >= 4, ends
-    assert method == "AdaHessian" or ends[0] < 1, ends  # one vector of random signs a step is the only estimate this noisy; the others have no draw to blame
+    assert sum(end < 1 for end in ends) >= 4 and (method == "AdaHessian" or ends[0] < 1), ends  # only one vector of random signs a step is so noisy that the draw is to blame
 
 
 @every
