@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 from .products import linear
 
 # %% auto #0
-__all__ = ['log', 'say_once', 'wrapped', 'bare', 'differentiable_twice', 'QuickLayers', 'breaks_off', 'RandomState',
-           'throwaway_buffers']
+__all__ = ['log', 'CHANNELS', 'say_once', 'wrapped', 'bare', 'differentiable_twice', 'max_pool', 'QuickLayers', 'breaks_off',
+           'RandomState', 'throwaway_buffers']
 
 # %% ../nbs/replay.ipynb #b71ed7e4
 log = logging.getLogger("curvlab")
@@ -128,15 +128,46 @@ class _ConvolutionBackward(torch.autograd.Function):
         return to_y, to_x, to_W, None, None, None, None, None
 
 # %% ../nbs/replay.ipynb #1a9db40e
+class _MaxPool(torch.autograd.Function):
+    "Maximum over windows of `(n, c, h, w)` by way of the other layout; also the places of the maxima."
+
+    @staticmethod
+    def forward(x: Tensor, *window) -> tuple[Tensor, Tensor]:
+        y, places = torch.ops.aten.max_pool2d_with_indices(x.contiguous(memory_format=torch.channels_last), *window)
+        return y.contiguous(), places.contiguous()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, *ctx.window = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, output[1])
+
+    @staticmethod
+    def backward(ctx, y_bar, _):
+        x, places = ctx.saved_tensors
+        return torch.ops.aten.max_pool2d_with_indices_backward(y_bar, x.detach(), *ctx.window, places), *[None] * len(ctx.window)
+
+
+CHANNELS = 8  # below which the change of layout costs more than it saves
+
+
+def max_pool(x: Tensor, kernel_size, stride=None, padding=0, dilation=1, ceil_mode: bool = False) -> Tensor | None:
+    "`torch.nn.functional.max_pool2d` by way of the other layout, or `None` where PyTorch's own way is as good: few channels, no CPU, that layout already, the transforms of `torch.func`."
+    if type(x) is not Tensor or x.ndim != 4 or x.device.type != "cpu" or x.shape[1] < CHANNELS or not x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last) or torch._C._are_functorch_transforms_active():
+        return None
+    sides = lambda v: [v, v] if isinstance(v, int) else list(v)
+    return _MaxPool.apply(x, sides(kernel_size), sides(kernel_size if stride is None else stride), sides(padding), sides(dilation), ceil_mode)[0]
+
+# %% ../nbs/replay.ipynb #d86c7d0e
 class QuickLayers(TorchFunctionMode):
-    """Around a forward pass on a CPU that will be differentiated *backwards*, if at all (what it puts in has no forward mode): large linear layers take the quicker products, and convolutions the quick second backward pass.
+    """Around a forward pass on a CPU that will be differentiated *backwards*, if at all (what it puts in has no forward mode): large linear layers take the quicker products, convolutions the quick second backward pass, and maxima are pooled in the quicker layout.
 
     Args:
         twice: the gradient will be differentiated; otherwise convolutions are left alone, they have nothing to gain.
         linear: the gradient will only be differentiated in the cotangent that it is linear in (for products with the Jacobian): the second pass takes inputs and weights for constants.
 
     Attributes:
-        changed: whether a layer was met.
+        changed: whether a linear layer or a convolution was met.
     """
 
     def __init__(self, twice: bool = True, linear: bool = False):
@@ -145,6 +176,10 @@ class QuickLayers(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         quick = None
+        if func is nn.functional.max_pool2d and not torch.compiler.is_compiling():
+            named = dict(kwargs or {})
+            pooled = None if named.pop("return_indices", False) else max_pool(*args, **named)
+            return func(*args, **(kwargs or {})) if pooled is None else pooled
         if func is nn.functional.linear and not kwargs and not torch.compiler.is_compiling():
             quick = linear(*args, constants=self.linear)
         elif self.twice and func in (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d) and not kwargs and len(args) == 7:

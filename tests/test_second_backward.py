@@ -117,3 +117,22 @@ def test_gauss_newton_products_equal_the_general_rule_and_leave_no_trace_in_hess
     # the graph that was kept for these products would drop terms of the Hessian
     one = [v[0] for v in vs]
     assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-12) for a, b in zip(derivatives(model, x, y, params, one, 2), closure.hvp(one)))
+
+
+def test_pooling_in_the_quicker_layout_has_the_same_second_derivatives():
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Conv2d(2, 9, 3, padding=1), nn.Tanh(), nn.MaxPool2d(3, 2, padding=1), nn.Conv2d(9, 8, 2), nn.Softplus(), nn.MaxPool2d(2)).double()
+    x, parameters = torch.randn(3, 2, 11, 12).double(), list(net.parameters())
+    direction = [torch.randn_like(p) for p in parameters]
+
+    def all_derivatives():
+        y = net(x)
+        gradient = torch.autograd.grad(y.pow(3).sum(), parameters, create_graph=True)
+        return [y.detach(), *gradient, *torch.autograd.grad(gradient, parameters, direction)]
+
+    usual = all_derivatives()
+    with QuickLayers() as quick, unittest.mock.patch("curvlab.replay._MaxPool.apply", wraps=_MaxPool.apply) as pooled:
+        quickly = all_derivatives()
+    assert pooled.call_count == 2
+    for a, b in zip(usual, quickly, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)
