@@ -1,11 +1,13 @@
 """The quick second backward pass of convolutions against PyTorch's general one."""
 
+import unittest.mock
+
 import pytest
 import torch
 from torch import nn
 
 from curvlab.objective import Objective
-from curvlab.replay import QuickLayers
+from curvlab.replay import QuickLayers, _MaxPool
 
 CASES = {
     "strides": (nn.Conv2d, (4, 2, 9, 8), dict(stride=(2, 1))),
