@@ -22,7 +22,7 @@ def test_margins_are_those_of_a_loop():
     x, y = data()
     W = random(3, 8)
     pairs = [[float(W[y[i]] @ x[i] - W[c] @ x[i]) if c != y[i] else float("inf") for c in range(3)] for i in range(15)]
-    assert torch.allclose(pair_margins(W, x, y), torch.tensor(pairs, dtype=torch.double))
+    assert torch.allclose(pair_margins(W, x, y).mT, torch.tensor(pairs, dtype=torch.double))
     assert float(multiclass_margin(W, x, y)) == pytest.approx(min(min(row) for row in pairs))
     products = (pair_matrices(x, y, 3) * W).sum((-2, -1))
     assert torch.allclose(products.sort().values, torch.tensor([p for row in pairs for p in row if p < float("inf")], dtype=torch.double).sort().values)
@@ -113,7 +113,7 @@ def test_scaled_gradient_beyond_underflow():
     W = 40000 * max_margin(x, y, "max").W + 100 * random(3, 8)
     found = scaled_ce_grad(W, x, y)
     assert multiclass_margin(W, x, y) > 1000 and found.grad.abs().max() > 0
-    odds = [[mpmath.exp(-mpmath.mpf(float(m))) if m < float("inf") else mpmath.mpf(0) for m in row] for row in pair_margins(W, x, y)]
+    odds = [[mpmath.exp(-mpmath.mpf(float(m))) if m < float("inf") else mpmath.mpf(0) for m in row] for row in pair_margins(W, x, y).mT]
     factor = mpmath.exp(mpmath.mpf(float(found.shift))) / len(x)
     p = [[o / (1 + sum(row)) for o in row] for row in odds]
     grad = [[factor * sum((p[i][c] if c != y[i] else -sum(p[i])) * float(x[i, j]) for i in range(15)) for j in range(8)] for c in range(3)]
