@@ -16,9 +16,9 @@ from torch import Tensor
 from ..optim.normalized_descent import check_norm, dual_exponent, dual_norm, steepest_direction, step_norm
 
 # %% auto #0
-__all__ = ['Rule', 'separable_classes', 'pair_margins', 'multiclass_margin', 'pair_matrices', 'curvature_features', 'MaxMargin',
-           'max_margin', 'ScaledGradient', 'scaled_ce_grad', 'gradient_rule', 'steepest_rule', 'adam_rule',
-           'side_by_side', 'margin_path']
+__all__ = ['Rule', 'separable_classes', 'own_class', 'pair_margins', 'multiclass_margin', 'pair_matrices', 'curvature_features',
+           'MaxMargin', 'max_margin', 'ScaledGradient', 'scaled_ce_grad', 'scaled_loss', 'gradient_rule',
+           'steepest_rule', 'adam_rule', 'side_by_side', 'margin_path']
 
 # %% ../../nbs/lab/margins.ipynb #f5dbf0a2
 def separable_classes(k: int = 4, d: int = 25, n: int = 100, noise: float = 0.3, scale: float = 1 / 16, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -32,11 +32,15 @@ def separable_classes(k: int = 4, d: int = 25, n: int = 100, noise: float = 0.3,
     return scale * (means[y] + noise * torch.randn(n, d, generator=g, dtype=torch.double)), y
 
 
+def own_class(y: Tensor, k: int) -> Tensor:
+    "Whether a class is the true one: `(..., k, n)` for labels `(..., n)`. Examples come last: the long dimension is the fast one."
+    return y.unsqueeze(-2) == torch.arange(k, device=y.device).unsqueeze(-1)
+
+
 def pair_margins(W: Tensor, x: Tensor, y: Tensor) -> Tensor:
     "Scores by which the true class beats each other class: `(..., k, n)`, infinite at the true class itself; `W` `(..., k, d)`, `x` `(..., n, d)`, `y` `(..., n)`."
-    z = torch.einsum("...kd,...nd->...kn", W, x)                                   # examples last: the long dimension is the fast one
-    true = y.expand(*z.shape[:-2], z.shape[-1]).unsqueeze(-2)
-    return (z.gather(-2, true) - z).scatter(-2, true, torch.inf)
+    z, own = W @ x.mT, own_class(y, W.shape[-2])
+    return ((z * own).sum(-2, keepdim=True) - z).masked_fill(own, torch.inf)
 
 
 def multiclass_margin(W: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -182,16 +186,15 @@ def max_margin(x: Tensor, y: Tensor, norm: str | float, k: int | None = None, to
 
 # %% ../../nbs/lab/margins.ipynb #ea772fb1
 class ScaledGradient(NamedTuple):
-    "Gradient `(..., k, d)`, proxy and loss `(...)` of mean cross-entropy, all three to be multiplied by `exp(-shift)`, shift `(...)`."
+    "Gradient `(..., k, d)` and proxy `(...)` of mean cross-entropy, both to be multiplied by `exp(-shift)`, shift `(...)`."
 
     grad: Tensor
     proxy: Tensor
-    loss: Tensor
     shift: Tensor
 
 
 def scaled_ce_grad(W: Tensor, x: Tensor, y: Tensor) -> ScaledGradient:
-    """Gradient, proxy and loss of a linear softmax model with their common factor removed, so that no margin is too large (Fan, Schmidt, Thrampoulidis 2025, section 3, for the proxy).
+    """Gradient and proxy of a linear softmax model with their common factor removed, so that no margin is too large (Fan, Schmidt, Thrampoulidis 2025, section 3, for the proxy).
 
     Args:
         W: weights `(..., k, d)`; x: inputs `(..., n, d)`; y: labels `(..., n)`; leading dimensions are independent problems.
@@ -206,10 +209,15 @@ def scaled_ce_grad(W: Tensor, x: Tensor, y: Tensor) -> ScaledGradient:
     outer = shift[..., None, None]
     factor = (log_p + outer).exp()
     wrong = factor * total
-    errors = (factor * odds).scatter(-2, y.expand(*odds.shape[:-2], odds.shape[-1]).unsqueeze(-2), -wrong)
-    tiny = log_total < -30                                                         # there log(1 + odds) = odds to the last digit
-    loss = torch.where(tiny, (log_total + outer).exp(), torch.nn.functional.softplus(log_total.clamp(min=-31)) * outer.clamp(max=700).exp())
-    return ScaledGradient(torch.einsum("...kn,...nd->...kd", errors, x) / x.shape[-2], wrong.mean((-2, -1)), loss.mean((-2, -1)), shift)
+    errors = torch.where(own_class(y, W.shape[-2]), -wrong, factor * odds)
+    return ScaledGradient(errors @ x / x.shape[-2], wrong.sum((-2, -1)) / x.shape[-2], shift)
+
+
+def scaled_loss(W: Tensor, x: Tensor, y: Tensor, shift: Tensor) -> Tensor:
+    "Mean cross-entropy `(...)` times `exp(shift)`; arguments as in `scaled_ce_grad`, `shift` from its result."
+    log_odds = (-pair_margins(W, x, y)).logsumexp(-2)
+    log_loss = torch.where(log_odds < -30, log_odds, torch.nn.functional.softplus(log_odds.clamp(min=-31)).log())      # below, log(1 + odds) = odds to the last digit
+    return (log_loss + shift.unsqueeze(-1)).exp().mean(-1)
 
 # %% ../../nbs/lab/margins.ipynb #c7f6b714
 Rule = Callable[[ScaledGradient], Tensor]
@@ -263,6 +271,7 @@ def margin_path(x: Tensor, y: Tensor, rule: Rule, lr: Callable[[int], float | Te
     """
     W = x.new_zeros(*x.shape[:-2], int(y.max()) + 1, x.shape[-1]) if W is None else W
     at, kept = list(at), []
+    x = x.expand(*W.shape[:-2], *x.shape[-2:]).contiguous()                        # once, not in every product
     for t in range(1, at[-1] + 1):
         W = W - lr(t) * rule(scaled_ce_grad(W, x, y))
         if t == at[len(kept)]:
