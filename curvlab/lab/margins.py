@@ -194,7 +194,7 @@ class ScaledGradient(NamedTuple):
 
 
 def scaled_ce_grad(W: Tensor, x: Tensor, y: Tensor) -> ScaledGradient:
-    """Gradient and proxy of a linear softmax model with their common factor removed, so that no margin is too large (Fan, Schmidt, Thrampoulidis 2025, section 3, for the proxy).
+    """Gradient and proxy of a linear softmax model with their common factor removed, so that no margin is too large (the proxy is that of Fan, Schmidt, Thrampoulidis 2025).
 
     Args:
         W: weights `(..., k, d)`; x: inputs `(..., n, d)`; y: labels `(..., n)`; leading dimensions are independent problems.
