@@ -5,7 +5,7 @@
 # %% ../../nbs/lab/margins.ipynb #08857f6d
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,9 +16,9 @@ from torch import Tensor
 from ..optim.normalized_descent import check_norm, dual_exponent, dual_norm, steepest_direction, step_norm
 
 # %% auto #0
-__all__ = ['Rule', 'separable_classes', 'pair_margins', 'multiclass_margin', 'pair_matrices', 'curvature_features', 'MaxMargin',
-           'max_margin', 'ScaledGradient', 'scaled_ce_grad', 'gradient_rule', 'steepest_rule', 'adam_rule',
-           'margin_path']
+__all__ = ['Rule', 'separable_classes', 'own_class', 'pair_margins', 'multiclass_margin', 'pair_matrices', 'curvature_features',
+           'MaxMargin', 'max_margin', 'ScaledGradient', 'scaled_ce_grad', 'scaled_loss', 'gradient_rule',
+           'steepest_rule', 'adam_rule', 'side_by_side', 'margin_path']
 
 # %% ../../nbs/lab/margins.ipynb #f5dbf0a2
 def separable_classes(k: int = 4, d: int = 25, n: int = 100, noise: float = 0.3, scale: float = 1 / 16, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -32,11 +32,15 @@ def separable_classes(k: int = 4, d: int = 25, n: int = 100, noise: float = 0.3,
     return scale * (means[y] + noise * torch.randn(n, d, generator=g, dtype=torch.double)), y
 
 
+def own_class(y: Tensor, k: int) -> Tensor:
+    "Whether a class is the true one: `(..., k, n)` for labels `(..., n)`. Examples come last: the long dimension is the fast one."
+    return y.unsqueeze(-2) == torch.arange(k, device=y.device).unsqueeze(-1)
+
+
 def pair_margins(W: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    "Scores by which the true class beats each other class: `(..., n, k)`, infinite at the true class itself; `W` `(..., k, d)`, `x` `(..., n, d)`, `y` `(..., n)`."
-    z = x @ W.mT
-    true = y.expand(z.shape[:-1]).unsqueeze(-1)
-    return (z.gather(-1, true) - z).scatter(-1, true, torch.inf)
+    "Scores by which the true class beats each other class: `(..., k, n)`, infinite at the true class itself; `W` `(..., k, d)`, `x` `(..., n, d)`, `y` `(..., n)`."
+    z, own = W @ x.mT, own_class(y, W.shape[-2])
+    return ((z * own).sum(-2, keepdim=True) - z).masked_fill(own, torch.inf)
 
 
 def multiclass_margin(W: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -182,31 +186,38 @@ def max_margin(x: Tensor, y: Tensor, norm: str | float, k: int | None = None, to
 
 # %% ../../nbs/lab/margins.ipynb #ea772fb1
 class ScaledGradient(NamedTuple):
-    "Gradient `(..., k, d)`, proxy and loss `(...)` of mean cross-entropy, all three to be multiplied by `exp(-shift)`, shift `(...)`."
+    "Gradient `(..., k, d)` and proxy `(...)` of mean cross-entropy, both to be multiplied by `exp(-shift)`, shift `(...)`."
 
     grad: Tensor
     proxy: Tensor
-    loss: Tensor
     shift: Tensor
 
 
 def scaled_ce_grad(W: Tensor, x: Tensor, y: Tensor) -> ScaledGradient:
-    """Gradient, proxy and loss of a linear softmax model with their common factor removed, so that no margin is too large (Fan, Schmidt, Thrampoulidis 2025, section 3, for the proxy).
+    """Gradient and proxy of a linear softmax model with their common factor removed, so that no margin is too large (the proxy is that of Fan, Schmidt, Thrampoulidis 2025).
 
     Args:
         W: weights `(..., k, d)`; x: inputs `(..., n, d)`; y: labels `(..., n)`; leading dimensions are independent problems.
     """
     negative = -pair_margins(W, x, y)                                              # minus infinity at the true class
-    log_sum = negative.logsumexp(-1, keepdim=True)                                 # log of the odds against the true class
-    log_p = negative - torch.nn.functional.softplus(log_sum)
+    worst = negative.amax(-2, keepdim=True)
+    odds = (negative - worst).exp()                                                # against the true class, relative to the worst rival
+    total = odds.sum(-2, keepdim=True)
+    log_total = worst + total.log()
+    log_p = worst - torch.nn.functional.softplus(log_total)                        # of the worst rival
     shift = -log_p.amax((-2, -1))
     outer = shift[..., None, None]
-    p = (log_p + outer).exp()
-    wrong = p.sum(-1, keepdim=True)
-    errors = p.scatter(-1, y.expand(p.shape[:-1]).unsqueeze(-1), -wrong)
-    tiny = log_sum < -30                                                           # there log(1 + odds) = odds to the last digit
-    loss = torch.where(tiny, (log_sum + outer).exp(), torch.nn.functional.softplus(log_sum.clamp(min=-31)) * outer.clamp(max=700).exp())
-    return ScaledGradient(errors.mT @ x / x.shape[-2], wrong.mean((-2, -1)), loss.mean((-2, -1)), shift)
+    factor = (log_p + outer).exp()
+    wrong = factor * total
+    errors = torch.where(own_class(y, W.shape[-2]), -wrong, factor * odds)
+    return ScaledGradient(errors @ x / x.shape[-2], wrong.sum((-2, -1)) / x.shape[-2], shift)
+
+
+def scaled_loss(W: Tensor, x: Tensor, y: Tensor, shift: Tensor) -> Tensor:
+    "Mean cross-entropy `(...)` times `exp(shift)`; arguments as in `scaled_ce_grad`, `shift` from its result."
+    log_odds = (-pair_margins(W, x, y)).logsumexp(-2)
+    log_loss = torch.where(log_odds < -30, log_odds, torch.nn.functional.softplus(log_odds.clamp(min=-31)).log())      # below, log(1 + odds) = odds to the last digit
+    return (log_loss + shift.unsqueeze(-1)).exp().mean(-1)
 
 # %% ../../nbs/lab/margins.ipynb #c7f6b714
 Rule = Callable[[ScaledGradient], Tensor]
@@ -247,7 +258,12 @@ def adam_rule(beta1: float = 0.9, beta2: float = 0.95, eps: float = 0.0) -> Rule
     return rule
 
 
-def margin_path(x: Tensor, y: Tensor, rule: Rule, lr: Callable[[int], float], at: Iterable[int], W: Tensor | None = None) -> Tensor:
+def side_by_side(rules: Sequence[Rule]) -> Rule:
+    "One rule for a stack of runs: the first dimension of weights and gradients is that of `rules`; give `margin_path` a stack `W` and a tensor of step sizes that broadcasts."
+    return lambda g: torch.stack([rule(ScaledGradient(*(part[i] for part in g))) for i, rule in enumerate(rules)])
+
+
+def margin_path(x: Tensor, y: Tensor, rule: Rule, lr: Callable[[int], float | Tensor], at: Iterable[int], W: Tensor | None = None) -> Tensor:
     """Weights after the steps `at` (ascending, from 1): `(len(at), ..., k, d)`, from `W` or from zero, `W <- W - lr(t) * rule(gradient)` with t = 1, 2, ...
 
     Args:
@@ -255,6 +271,7 @@ def margin_path(x: Tensor, y: Tensor, rule: Rule, lr: Callable[[int], float], at
     """
     W = x.new_zeros(*x.shape[:-2], int(y.max()) + 1, x.shape[-1]) if W is None else W
     at, kept = list(at), []
+    x = x.expand(*W.shape[:-2], *x.shape[-2:]).contiguous()                        # once, not in every product
     for t in range(1, at[-1] + 1):
         W = W - lr(t) * rule(scaled_ce_grad(W, x, y))
         if t == at[len(kept)]:
