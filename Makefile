@@ -1,5 +1,5 @@
 # make reproduce : re-run every paper at smoke size, print the table of claims, write a report page
-# make test      : the whole gate: tests, notebooks, export in sync, papers, no verdict changed
+# make test      : the whole gate: tests, notebooks, export in sync, papers, no verdict changed for the worse
 # make docs      : the documentation site; warnings are errors, every inner link is followed
 # make export    : write curvlab/*.py from the notebooks
 # make env       : only the environment

@@ -16,7 +16,7 @@ from pathlib import Path
 from ..batch.run import is_current
 from .checkout import QUIET, library_notebooks, paper_notebooks, repository_root
 from .test_nbs import check_notebooks
-from .verdicts import broken_exact_claims, changed_verdicts, committed, not_committed, results_of_batch
+from .verdicts import broken_exact_claims, changed_verdicts, committed, newly_as_expected, not_committed, results_of_batch
 
 # %% auto #0
 __all__ = ['STAGES', 'Tally', 'count_junit', 'run_tests', 'run_notebooks', 'run_papers', 'second_look', 'check_verdicts',
@@ -91,6 +91,8 @@ def check_verdicts(root: Path, out: Path) -> Tally:
     before = committed(root / "docs" / "results" / "smoke")
     after = second_look(root, out, before, results_of_batch(out, "smoke"))
     faults = not_committed(before, after) + changed_verdicts(before, after) + broken_exact_claims(after)
+    for line in newly_as_expected(before, after):
+        print(f"news, no fault: {line}", flush=True)
     claims = sum(len(result["claims"]) for result in after.values())
     return Tally(max(0, claims - len(faults)), len(faults), faults=tuple(faults))
 

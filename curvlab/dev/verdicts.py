@@ -12,14 +12,24 @@ from ..ledger.claims import SIZES, surprising
 from ..ledger.results import compare, read_results
 
 # %% auto #0
-__all__ = ['changed_verdicts', 'broken_exact_claims', 'not_committed', 'results_of_batch', 'committed', 'main']
+__all__ = ['changed_verdicts', 'newly_as_expected', 'broken_exact_claims', 'not_committed', 'results_of_batch', 'committed',
+           'main']
 
 # %% ../../nbs/dev/verdicts.ipynb #2e6ce2c8
+def _changes(before: dict[str, dict], after: dict[str, dict]) -> list[tuple[str, bool]]:
+    """(line, is it good news?) for each claim whose verdict differs, for the papers that are in both."""
+    both = sorted(before.keys() & after.keys())
+    pairs = compare({id: before[id] for id in both}, {id: after[id] for id in both})
+    expected = {id: claim["expected"] for paper in both for id, claim in after[paper]["claims"].items()}
+    return [(f"{claim}: was '{old}', is '{new}'", new == expected.get(claim)) for claim, old, new in pairs]
+
 def changed_verdicts(before: dict[str, dict], after: dict[str, dict]) -> list[str]:
-    """One line for each claim whose verdict in `after` differs from `before`, for the papers that are in both."""
-    both = before.keys() & after.keys()
-    pairs = compare({id: before[id] for id in sorted(both)}, {id: after[id] for id in sorted(both)})
-    return [f"{claim}: was '{old}', is '{new}'" for claim, old, new in pairs]
+    """One line for each claim whose verdict in `after` differs from `before` and is not the expected one, for the papers that are in both."""
+    return [line for line, good in _changes(before, after) if not good]
+
+def newly_as_expected(before: dict[str, dict], after: dict[str, dict]) -> list[str]:
+    """One line for each claim that was not decided as the ledger expects in `before` and is in `after`."""
+    return [line for line, good in _changes(before, after) if good]
 
 def broken_exact_claims(results: dict[str, dict]) -> list[str]:
     """One line for each exact claim that was decided against its expectation."""
@@ -42,7 +52,7 @@ def committed(folder: Path) -> dict[str, dict]:
 # %% ../../nbs/dev/verdicts.ipynb #dc1403f9
 def main(argv: list[str] | None = None) -> int:
     """The command `python -m curvlab.dev.verdicts`; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Judge a batch: no verdict changed, no exact claim against its expectation.")
+    parser = argparse.ArgumentParser(description="Judge a batch: no verdict changed for the worse, no exact claim against its expectation.")
     parser.add_argument("batch", type=Path, help="folder of the batch")
     parser.add_argument("results", type=Path, help="folder of the committed results (with one folder a size)")
     parser.add_argument("--size", choices=SIZES, default="smoke")
@@ -53,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     before = committed(options.results / options.size)
     faults = changed_verdicts(before, after) + broken_exact_claims(after)
-    print(*not_committed(before, after), *faults, f"{len(after)} papers judged, {len(faults)} faults", sep="\n")
+    print(*not_committed(before, after), *[f"news: {line}" for line in newly_as_expected(before, after)], *faults, f"{len(after)} papers judged, {len(faults)} faults", sep="\n")
     return int(bool(faults))
 
 # %% ../../nbs/dev/verdicts.ipynb #44df5e55
