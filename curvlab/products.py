@@ -5,26 +5,38 @@
 # %% ../nbs/products.ipynb #47c64155
 from __future__ import annotations
 
+import platform
+from functools import cache
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['LEAST', 'WORK', 'WORTH', 'other_library', 'dense', 'product', 'linear']
+__all__ = ['LEAST', 'WORK', 'WORTH', 'held_back', 'other_library', 'dense', 'product', 'linear']
 
 # %% ../nbs/products.ipynb #92916172
+@cache
+def held_back() -> bool:
+    "Whether `@` is MKL's on a processor that Intel did not make."
+    cpuinfo = Path("/proc/cpuinfo")
+    maker = cpuinfo.read_text(errors="ignore") if cpuinfo.exists() else platform.processor()
+    return torch.backends.mkl.is_available() and "GenuineIntel" not in maker
+
+# %% ../nbs/products.ipynb #548bc667
 LEAST = 64  # sides below which another library is no quicker
 WORK = 2**21  # multiplications below which its call costs more than it saves
 
 
 def other_library(x: Tensor, y: Tensor) -> bool:
-    "Whether `x @ y`, for matrices or stacks of them of one length, is left to oneDNN."
+    "Whether `x @ y`, for matrices or stacks of them of one length, is better left to oneDNN."
     for t in (x, y):
         plain = type(t) in (Tensor, nn.Parameter) and t.ndim > 1 and t.dtype == torch.float32 and t.device.type == "cpu" and min(t.shape[-2:]) >= LEAST
         if not plain or torch._C._functorch.is_functorch_wrapped_tensor(t) or torch._C._functorch.is_legacy_batchedtensor(t):
             return False
     if x.ndim != y.ndim or x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-2] or not x.numel() or x.shape[-2] * x.shape[-1] * y.shape[-1] < WORK:
         return False
-    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return held_back() and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def dense(x: Tensor) -> Tensor:

@@ -6,8 +6,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from curvlab import products
 from curvlab.curvature.capture import input_gram, input_rows, layer_blocks
 from curvlab.curvature.products import KEPT, LEAST, NARROW, STRIP, add_gram_, gram, product, spd_inverse, transposed
+
+maker_asked = products.held_back
+
+
+@pytest.fixture(autouse=True, scope="module", params=[False, True], ids=["own", "other"])
+def either_library(request):
+    "Every test by both libraries, whoever made this processor."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "held_back", lambda: request.param)
+        yield
+
+
+def test_both_libraries_are_met(either_library):
+    X = torch.randn(300, 300)
+    assert products.other_library(X, X) == products.held_back()
+
+
+def test_who_made_the_processor(monkeypatch, tmp_path):
+    "MKL is held back on another maker's processor, and only MKL."
+    maker_asked.cache_clear()
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    for maker, answer in (("GenuineIntel", False), ("AuthenticAMD", True)):
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {maker}\n")
+        monkeypatch.setattr(products, "Path", lambda _: tmp_path / "cpuinfo")
+        assert maker_asked() is answer
+        maker_asked.cache_clear()
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert maker_asked() is False
+    maker_asked.cache_clear()
 
 
 @settings(deadline=None, max_examples=25)
