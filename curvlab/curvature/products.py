@@ -10,6 +10,7 @@ import threading
 import torch
 from torch import Tensor
 
+from .. import products
 from ..products import LEAST, other_library, product
 
 # %% auto #0
@@ -82,7 +83,10 @@ def gram(rows: Tensor, before: Tensor | None = None, factor: Tensor | float | No
 
 # %% ../../nbs/curvature/products.ipynb #bd60c462
 def host_inverse(M: Tensor) -> Tensor | None:
-    "Inverse of one symmetric positive definite matrix by SciPy's LAPACK; `None` if it is not numerically definite."
+    "Inverse of one symmetric positive definite matrix in a processor's memory, by PyTorch's LAPACK or SciPy's; `None` if it is not numerically definite."
+    if not products.held_back():
+        L, failed = torch.linalg.cholesky_ex(M)
+        return None if failed else torch.cholesky_inverse(L)
     from scipy.linalg import get_lapack_funcs   # here, since importing SciPy takes longer than importing all of this package
     potrf, potri = get_lapack_funcs(("potrf", "potri"), dtype=M.numpy().dtype)
     L, failed = potrf(M.numpy().T, lower=True, clean=True)  # a symmetric matrix is its own transpose, which is in the order LAPACK wants
