@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from curvlab import products
+from curvlab.curvature import products as curvature_products
 from curvlab.curvature.capture import input_gram, input_rows, layer_blocks
 from curvlab.curvature.products import KEPT, LEAST, NARROW, STRIP, add_gram_, gram, product, spd_inverse, transposed
 
@@ -17,7 +18,8 @@ maker_asked = products.held_back
 def either_library(request):
     "Every test by both libraries, whoever made this processor."
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "held_back", lambda: request.param)
+        for module in (products, curvature_products):
+            patch.setattr(module, "held_back", lambda: request.param)
         yield
 
 

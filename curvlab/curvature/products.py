@@ -10,8 +10,7 @@ import threading
 import torch
 from torch import Tensor
 
-from .. import products
-from ..products import LEAST, other_library, product
+from ..products import LEAST, held_back, other_library, product
 
 # %% auto #0
 __all__ = ['NARROW', 'SMALL', 'STRIP', 'KEPT', 'scratch', 'transposed', 'scaled', 'add_gram_', 'gram', 'host_inverse',
@@ -84,7 +83,7 @@ def gram(rows: Tensor, before: Tensor | None = None, factor: Tensor | float | No
 # %% ../../nbs/curvature/products.ipynb #bd60c462
 def host_inverse(M: Tensor) -> Tensor | None:
     "Inverse of one symmetric positive definite matrix in a processor's memory, by PyTorch's LAPACK or SciPy's; `None` if it is not numerically definite."
-    if not products.held_back():
+    if not held_back():
         L, failed = torch.linalg.cholesky_ex(M)
         return None if failed else torch.cholesky_inverse(L)
     from scipy.linalg import get_lapack_funcs   # here, since importing SciPy takes longer than importing all of this package
