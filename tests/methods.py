@@ -51,7 +51,8 @@ GRADIENT_ONLY = tuple(m for m in METHODS if not needs_closure(m))
 
 
 def build(method, model, exact=False, **arguments):
-    """The optimizer with its default settings; `exact` switches sampling of targets off."""
+    """The optimizer with its default settings; `exact` switches sampling of targets off. Intervals are left out for a method that has no statistics."""
+    arguments = {k: v for k, v in arguments.items() if k not in ("observe_every", "refresh_every") or accepts(method, k)}
     chosen = {**ARGUMENTS.get(method, {}), **(WITHOUT_SAMPLING.get(method, {}) if exact else {}), **arguments}
     return getattr(optim, method)(model, **chosen)
 

@@ -118,6 +118,7 @@ OPTIONS = {
     "AdaHessian in blocks": lambda model: optim.AdaHessian(model, block_length=3, absolute=True, hessian_power=0.5),
     "AMSGrad, decoupled": lambda model: optim.AMSGrad(model, weight_decay=0.1, decoupled=True),
     **{f"steepest descent {norm}": lambda model, norm=norm: optim.NormalizedSteepestDescent(model, norm=norm, average=0.9) for norm in ("max", "fro", "spectral", 3.0)},
+    "conservative acceleration": lambda model: optim.StochasticNesterov(model, mu=0.1, rho=4.0, mode="conservative"),
     "Vadam, samples": lambda model: optim.Vadam(model, train_size=10, samples=2),
     "VOGN, samples": lambda model: optim.VOGN(model, train_size=10, samples=2),
     "VadaGrad": lambda model: optim.VadaGrad(model, growth=0.5, momentum=0.5),

@@ -4,7 +4,7 @@ import importlib
 METHODS = {
     "SGD": "first_order", "Adam": "first_order", "AMSGrad": "first_order", "AdaMax": "first_order", "NAdamW": "first_order", "AdaGrad": "first_order",
     "SignDescent": "first_order", "NormalizedGD": "first_order", "RescaledSign": "first_order",
-    "NormalizedSteepestDescent": "normalized_descent",
+    "NormalizedSteepestDescent": "normalized_descent", "StochasticNesterov": "accelerated",
     "KFAC": "kfac",
     "Unitwise": "unitwise",
     "Shampoo": "shampoo",
