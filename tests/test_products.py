@@ -9,7 +9,7 @@ from torch import nn
 from curvlab import products
 from curvlab.curvature import products as curvature_products
 from curvlab.curvature.capture import input_gram, input_rows, layer_blocks
-from curvlab.curvature.products import KEPT, LEAST, NARROW, STRIP, add_gram_, gram, product, spd_inverse, transposed
+from curvlab.curvature.products import KEPT, LEAST, NARROW, OWN_STRIP, STRIP, add_gram_, gram, product, spd_inverse, transposed
 
 maker_asked = products.held_back
 
@@ -72,6 +72,19 @@ def test_gram_against_the_definition(width, dtype):
     torch.testing.assert_close(start.double(), exact, **close)
     assert gram(more, start, 0.25) is start
     torch.testing.assert_close(start.double(), total, **close)
+
+
+@pytest.mark.parametrize("width", [OWN_STRIP, OWN_STRIP + 1, 3 * OWN_STRIP + 5])
+@pytest.mark.parametrize("alpha", [0.3, torch.tensor(0.3)], ids=["number", "tensor"])
+def test_gram_of_many_rows(width, alpha):
+    "Long enough for strips; what is added to is symmetric and stays so."
+    M, before = torch.randn(2, 1500, width).mT, torch.randn(2, width, 40)
+    out = before @ before.mT
+    out = 0.5 * (out + out.mT)
+    exact = out.double() + 0.3 * M.double() @ M.double().mT
+    assert add_gram_(out, M, alpha) is out
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=2e-3)
+    assert (out - out.mT).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("n", [5, LEAST, LEAST + 1, 3 * LEAST + 17])

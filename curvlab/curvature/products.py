@@ -13,13 +13,14 @@ from torch import Tensor
 from ..products import LEAST, held_back, other_library, product
 
 # %% auto #0
-__all__ = ['NARROW', 'SMALL', 'STRIP', 'KEPT', 'scratch', 'transposed', 'scaled', 'add_gram_', 'gram', 'host_inverse',
-           'spd_inverse', 'add_diagonal']
+__all__ = ['NARROW', 'SMALL', 'STRIP', 'OWN_STRIP', 'KEPT', 'scratch', 'transposed', 'scaled', 'add_gram_', 'gram',
+           'host_inverse', 'spd_inverse', 'add_diagonal']
 
 # %% ../../nbs/curvature/products.ipynb #97824966
 NARROW = 256  # rows up to which a symmetric product is not cut
 SMALL = 2**17  # nor with fewer numbers in M: cutting would cost more than it saves
 STRIP = 192  # rows of a strip
+OWN_STRIP = 96  # the same where `@` is not held back; more narrow matrices are not cut
 KEPT = 2**22  # numbers up to which the memory of a transposed matrix is kept
 scratch = threading.local()
 
@@ -52,6 +53,14 @@ def _add_strips_(out: Tensor, M: Tensor, alpha: Tensor | float) -> None:
             out[a:b, b:].add_(transposed(new[b - a :], "strip"), alpha=number)
 
 
+def _add_own_strips_(out: Tensor, M: Tensor, alpha: float) -> None:
+    "`_add_strips_` where `@` is quick: each strip is added within the product's own call, its mirror image is copied."
+    for a in range(0, len(M), OWN_STRIP):
+        b = min(a + OWN_STRIP, len(M))
+        out[a:, a:b].addmm_(M[a:], M[a:b].mT, alpha=alpha)
+        out[a:b, b:].copy_(out[b:, a:b].mT)
+
+
 def add_gram_(out: Tensor, M: Tensor, alpha: Tensor | float = 1.0) -> Tensor:
     """Add `alpha * M M^T` to symmetric matrices, in place, with half of the operations where that is quicker; returns `out`.
 
@@ -64,9 +73,10 @@ def add_gram_(out: Tensor, M: Tensor, alpha: Tensor | float = 1.0) -> Tensor:
     """
     if out.ndim != 3 or M.ndim != 3 or out.shape != (*M.shape[:2], M.shape[1]) or out.dtype != M.dtype:
         raise ValueError(f"out has shape {tuple(out.shape)} and dtype {out.dtype}; M of shape {tuple(M.shape)} and dtype {M.dtype} needs (K, n, n) of its own dtype")
-    if M.device.type == "cpu" and M.shape[1] > NARROW and M.shape[2] >= LEAST and M[0].numel() >= SMALL and not M.requires_grad:
+    own = not held_back() and not isinstance(alpha, Tensor)
+    if M.device.type == "cpu" and M.shape[1] > (OWN_STRIP if own else NARROW) and M.shape[2] >= LEAST and M[0].numel() >= SMALL and not M.requires_grad:
         for one, rows in zip(out, M):
-            _add_strips_(one, rows, alpha)
+            (_add_own_strips_ if own else _add_strips_)(one, rows, alpha)
         return out
     if not isinstance(alpha, Tensor) and (M.requires_grad or not other_library(M, M.mT)):
         return out.baddbmm_(M, M.mT, alpha=alpha)
