@@ -73,10 +73,10 @@ def add_gram_(out: Tensor, M: Tensor, alpha: Tensor | float = 1.0) -> Tensor:
     """
     if out.ndim != 3 or M.ndim != 3 or out.shape != (*M.shape[:2], M.shape[1]) or out.dtype != M.dtype:
         raise ValueError(f"out has shape {tuple(out.shape)} and dtype {out.dtype}; M of shape {tuple(M.shape)} and dtype {M.dtype} needs (K, n, n) of its own dtype")
-    own = not held_back() and not isinstance(alpha, Tensor)
+    own = not held_back()
     if M.device.type == "cpu" and M.shape[1] > (OWN_STRIP if own else NARROW) and M.shape[2] >= LEAST and M[0].numel() >= SMALL and not M.requires_grad:
         for one, rows in zip(out, M):
-            (_add_own_strips_ if own else _add_strips_)(one, rows, alpha)
+            (_add_own_strips_ if own else _add_strips_)(one, rows, float(alpha) if own else alpha)  # in a processor's memory reading a number waits for nobody
         return out
     if not isinstance(alpha, Tensor) and (M.requires_grad or not other_library(M, M.mT)):
         return out.baddbmm_(M, M.mT, alpha=alpha)
