@@ -8,7 +8,7 @@ from torch import nn
 
 from curvlab.curvature import Hessian
 from curvlab.lab import data as sets
-from curvlab.lab.imbalance import Bigram, GroupLoss, barcoded, frequency_groups, group_losses, softmax_class_blocks, step_imbalanced, word_lm, zipf_one_hot
+from curvlab.lab.imbalance import Bigram, GroupLoss, barcoded, frequency_groups, group_losses, softmax_class_blocks, step_imbalanced, word_lm, zipf_one_hot, zipf_words
 from curvlab.lab.problems import Problem
 from curvlab.lab.train import train
 from curvlab.objective import Objective
@@ -50,8 +50,25 @@ def test_bar_codes_reuse_images_only_when_they_must():
     assert len(barcoded(base, bits=5, copies=10)) == 1000 + 3100
 
 
+def test_rows_of_words_follow_the_law_and_the_weights():
+    n, draws = 4000, 10
+    data = zipf_words(n, 40, draws, exponent=1.1, signal=1.5, seed=3, dtype=torch.double)
+    law = np.arange(1, 41) ** -1.1
+    expected = 1 - (1 - law / law.sum()) ** draws                                  # chance that a word is among the draws
+    error = np.sqrt(expected * (1 - expected) / n)
+    assert (np.abs(data.info["counts"].numpy() / n - expected) < 5 * error).all()
+    assert torch.equal(data.info["counts"], data.x_train.sum(0).long())
+    logits = data.x_train @ data.info["weights"]
+    assert abs(float(logits.std(correction=0)) - 1.5) < 1e-5
+    chance = (logits - logits.mean()).sigmoid()
+    cut = chance.argsort().chunk(4)                                                # calibrated in each quarter
+    for part in cut:
+        assert abs(float(data.y_train[part].mean() - chance[part].mean())) < 5 * 0.5 / math.sqrt(len(part))
+    assert not torch.equal(zipf_words(50, 40, seed=1).x_train, zipf_words(50, 40, seed=2).x_train)
+
+
 @pytest.mark.parametrize("make, word", [
-    (lambda: zipf_one_hot(1), "classes=1"), (lambda: step_imbalanced(0), "m=0"), (lambda: barcoded(sets.digits(test=0)), "images"),
+    (lambda: zipf_words(draws=0), "draws=0"), (lambda: zipf_words(1), "n=1"), (lambda: zipf_one_hot(1), "classes=1"), (lambda: step_imbalanced(0), "m=0"), (lambda: barcoded(sets.digits(test=0)), "images"),
     (lambda: barcoded(sets.digits(flat=False, test=0), bits=9), "bits=9"), (lambda: barcoded(sets.digits(flat=False, test=0), per_class=500), "per_class=500"),
     (lambda: word_lm("rnn", "python"), "rnn"), (lambda: GroupLoss(torch.zeros(3), 0), "every=0")])
 def test_errors_name_the_argument(make, word):

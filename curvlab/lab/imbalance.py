@@ -14,8 +14,8 @@ from .data import Data, as_data
 from .problems import Problem, Transformer, accuracy
 
 # %% auto #0
-__all__ = ['zipf_one_hot', 'step_imbalanced', 'barcoded', 'Bigram', 'small_init', 'word_lm', 'frequency_groups', 'group_losses',
-           'GroupLoss', 'softmax_class_blocks']
+__all__ = ['zipf_one_hot', 'step_imbalanced', 'barcoded', 'zipf_words', 'Bigram', 'small_init', 'word_lm', 'frequency_groups',
+           'group_losses', 'GroupLoss', 'softmax_class_blocks']
 
 # %% ../../nbs/lab/imbalance.ipynb #fa3ee19f
 def zipf_one_hot(classes: int = 50, most: int = 1000, dtype=None, device=None) -> Data:
@@ -75,6 +75,29 @@ def barcoded(base: Data, bits: int = 5, copies: int = 3, per_class: int = 100, s
     x, y = torch.cat(images), torch.cat(labels)
     info = {"counts": y.bincount(), "group": (torch.arange(classes * (codes + 1), device=y.device) >= classes).long()}
     return Data(f"barcoded-{base.name}", x, y, x[:0], y[:0], base.licence, base.source, info)
+
+# %% ../../nbs/lab/imbalance.ipynb #3d66b8f7
+def zipf_words(n: int = 1500, features: int = 3000, draws: int = 30, exponent: float = 1.1, signal: float = 2.0, seed: int = 0, dtype=None, device=None) -> Data:
+    """Rows of 0 and 1, `(n, features)`: which words were among `draws` from Zipf's law; targets `(n, 1)` in {0, 1} from a logistic model with one normal weight a word; no test part.
+
+    Args:
+        exponent: word k = 1..`features` is drawn with probability proportional to `k**-exponent`.
+        signal: standard deviation of the true model's logits over the rows; their mean is taken off, so classes are about equally frequent.
+
+    `info["counts"]` `(features,)`: rows that contain each word; `info["weights"]` `(features,)`: the true weights. Raises `ValueError` for fewer than two rows or words, or no draws.
+    """
+    if n < 2 or features < 2 or draws < 1:
+        raise ValueError(f"n={n}, features={features}, draws={draws}: use at least 2 rows, 2 words and 1 draw")
+    generator = np.random.default_rng(seed)
+    law = np.arange(1, features + 1) ** -float(exponent)
+    x = np.zeros((n, features), np.float32)
+    np.put_along_axis(x, generator.choice(features, (n, draws), p=law / law.sum()), 1.0, axis=1)
+    weights = generator.normal(size=features)
+    logits = x @ weights
+    scale = signal / logits.std()
+    y = generator.uniform(size=n) < 1 / (1 + np.exp(-scale * (logits - logits.mean())))
+    info = {"counts": torch.from_numpy(x.sum(0)).long(), "weights": torch.from_numpy(scale * weights)}
+    return as_data("zipf-words", (x, y[:, None] * 1.0, x[:0], y[:0, None] * 1.0), "generated (no licence needed)", "computed here", dtype, device, **info)
 
 # %% ../../nbs/lab/imbalance.ipynb #60207721
 class Bigram(nn.Module):
