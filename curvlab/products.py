@@ -30,13 +30,15 @@ WORK = 2**21  # multiplications below which its call costs more than it saves
 
 def other_library(x: Tensor, y: Tensor) -> bool:
     "Whether `x @ y`, for matrices or stacks of them of one length, is better left to oneDNN."
+    if not held_back():
+        return False
     for t in (x, y):
         plain = type(t) in (Tensor, nn.Parameter) and t.ndim > 1 and t.dtype == torch.float32 and t.device.type == "cpu" and min(t.shape[-2:]) >= LEAST
         if not plain or torch._C._functorch.is_functorch_wrapped_tensor(t) or torch._C._functorch.is_legacy_batchedtensor(t):
             return False
     if x.ndim != y.ndim or x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-2] or not x.numel() or x.shape[-2] * x.shape[-1] * y.shape[-1] < WORK:
         return False
-    return held_back() and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def dense(x: Tensor) -> Tensor:
@@ -108,7 +110,7 @@ def linear(x: Tensor, W: Tensor, b: Tensor | None = None, constants: bool = Fals
         W, b: `(out, in)` and `(out,)`.
         constants: the gradient will be differentiated with respect to its cotangent only: `x` and `W` are constants there.
     """
-    if x.ndim < 2 or W.ndim != 2 or x.numel() * len(W) < WORTH:
+    if not held_back() or x.ndim < 2 or W.ndim != 2 or x.numel() * len(W) < WORTH:
         return None
     biased = b is None or type(b) in (Tensor, nn.Parameter) and (b.shape, b.dtype, b.device) == (W.shape[:1], W.dtype, W.device)
     if not biased or torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled("cpu"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 
@@ -20,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 from .products import linear
 
 # %% auto #0
-__all__ = ['log', 'CHANNELS', 'say_once', 'wrapped', 'bare', 'differentiable_twice', 'max_pool', 'QuickLayers', 'breaks_off',
-           'RandomState', 'throwaway_buffers']
+__all__ = ['log', 'CHANNELS', 'PIECE', 'say_once', 'wrapped', 'bare', 'differentiable_twice', 'max_pool', 'gelu_second_',
+           'gelu_second', 'QuickLayers', 'breaks_off', 'RandomState', 'throwaway_buffers']
 
 # %% ../nbs/replay.ipynb #b71ed7e4
 log = logging.getLogger("curvlab")
@@ -159,15 +160,79 @@ def max_pool(x: Tensor, kernel_size, stride=None, padding=0, dilation=1, ceil_mo
     return _MaxPool.apply(x, sides(kernel_size), sides(kernel_size if stride is None else stride), sides(padding), sides(dilation), ceil_mode)[0]
 
 # %% ../nbs/replay.ipynb #d86c7d0e
+PIECE = 2**15  # numbers that stay in a cache, with a few copies
+
+
+def gelu_second_(out: Tensor, x: Tensor, y_bar: Tensor, x_ddot: Tensor) -> Tensor:
+    "Write `(2 - x^2) phi(x) * y_bar * x_ddot` into contiguous `out`, piece by piece."
+    density = torch.empty(min(PIECE, out.numel()), dtype=out.dtype, device=out.device)
+    for to, *factors in zip(*(t.reshape(-1).split(PIECE) for t in (out, x, y_bar, x_ddot))):
+        torch.mul(factors[0], factors[0], out=to)
+        phi = torch.mul(to, -0.5, out=density[: len(to)]).exp_().mul_(-1 / math.sqrt(2 * math.pi))
+        to.sub_(2).mul_(phi)
+        for factor in factors[1:]:
+            to.mul_(factor)
+    return out
+
+
+def gelu_second(x: Tensor, y_bar: Tensor, x_ddot: Tensor) -> Tensor:
+    "`(2 - x^2) phi(x) * y_bar * x_ddot`, differentiable; the first two factors are the second derivative of `x * Phi(x)`."
+    tensors = x, y_bar, x_ddot
+    ends = not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors)
+    if ends and x.device.type == "cpu" and not any(torch._C._functorch.is_functorch_wrapped_tensor(t) or torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors):
+        return gelu_second_(torch.empty_like(x, memory_format=torch.contiguous_format), *tensors)
+    return (2 - x.square()) * (x.square() / -2).exp() / math.sqrt(2 * math.pi) * y_bar * x_ddot
+
+
+class _Gelu(torch.autograd.Function):
+    "`x * Phi(x)` whose backward pass is `_GeluBackward`."
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, linear: bool) -> Tensor:
+        return torch.ops.aten.gelu(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.linear = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx, y_bar):
+        x, = ctx.saved_tensors
+        return _GeluBackward.apply(y_bar, x.detach() if ctx.linear else x), None
+
+
+class _GeluBackward(torch.autograd.Function):
+    "`y_bar * (Phi(x) + x phi(x))` in one kernel, as often differentiable as one likes."
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y_bar: Tensor, x: Tensor) -> Tensor:
+        return torch.ops.aten.gelu_backward(y_bar, x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, x_ddot):
+        y_bar, x = ctx.saved_tensors
+        to_y, to_x = ctx.needs_input_grad
+        return _GeluBackward.apply(x_ddot, x) if to_y else None, gelu_second(x, y_bar, x_ddot) if to_x else None
+
+# %% ../nbs/replay.ipynb #0b493138
 class QuickLayers(TorchFunctionMode):
-    """Around a forward pass on a CPU that will be differentiated *backwards*, if at all (what it puts in has no forward mode): large linear layers take the quicker products, convolutions the quick second backward pass, and maxima are pooled in the quicker layout.
+    """Around a forward pass on a CPU that will be differentiated *backwards*, if at all (what it puts in has no forward mode): large linear layers take the quicker products, convolutions and GELU the quick second backward pass, and maxima are pooled in the quicker layout.
 
     Args:
-        twice: the gradient will be differentiated; otherwise convolutions are left alone, they have nothing to gain.
+        twice: the gradient will be differentiated; otherwise convolutions and GELU are left alone, they have nothing to gain.
         linear: the gradient will only be differentiated in the cotangent that it is linear in (for products with the Jacobian): the second pass takes inputs and weights for constants.
 
     Attributes:
-        changed: whether a linear layer or a convolution was met.
+        changed: whether a linear layer, a convolution or GELU was met and replaced.
     """
 
     def __init__(self, twice: bool = True, linear: bool = False):
@@ -180,6 +245,10 @@ class QuickLayers(TorchFunctionMode):
             named = dict(kwargs or {})
             pooled = None if named.pop("return_indices", False) else max_pool(*args, **named)
             return func(*args, **(kwargs or {})) if pooled is None else pooled
+        if self.twice and func is nn.functional.gelu and len(args) == 1 and set(kwargs or {}) <= {"approximate"} and (kwargs or {}).get("approximate", "none") == "none":
+            x, = args
+            if type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and not torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
+                quick = _Gelu.apply(x, self.linear)
         if func is nn.functional.linear and not kwargs and not torch.compiler.is_compiling():
             quick = linear(*args, constants=self.linear)
         elif self.twice and func in (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d) and not kwargs and len(args) == 7:

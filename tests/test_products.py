@@ -9,7 +9,7 @@ from torch import nn
 from curvlab import products
 from curvlab.curvature import products as curvature_products
 from curvlab.curvature.capture import input_gram, input_rows, layer_blocks
-from curvlab.curvature.products import KEPT, LEAST, NARROW, OWN_STRIP, STRIP, add_gram_, gram, product, spd_inverse, transposed
+from curvlab.curvature.products import KEPT, LEAST, NARROW, OWN_STRIP, OWN_WIDE, STRIP, add_gram_, gram, product, spd_inverse, transposed
 
 maker_asked = products.held_back
 
@@ -87,6 +87,14 @@ def test_gram_of_many_rows(width, alpha):
     assert (out - out.mT).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("width", [OWN_WIDE, OWN_WIDE + 1, 2 * OWN_WIDE + 77])
+def test_gram_of_many_columns(width):
+    "Wide enough for halves, and halves of halves."
+    M, out = torch.randn(1, 130, width, dtype=torch.double).mT, torch.full((1, width, width), torch.nan, dtype=torch.double)
+    torch.testing.assert_close(add_gram_(out, M, 0.3, fresh=True), 0.3 * M @ M.mT, rtol=0, atol=1e-10)
+    torch.testing.assert_close(add_gram_(out, M, -0.1), 0.2 * M @ M.mT, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("n", [5, LEAST, LEAST + 1, 3 * LEAST + 17])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_spd_inverse_by_either_library(n, dtype):
@@ -126,17 +134,21 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("tensor", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_symmetric_products_of_any_layout(layout, dtype, tensor):
+def test_symmetric_products_of_any_layout(layout, dtype, tensor, fresh):
     M = LAYOUTS[layout](dtype)
     n, before = M.shape[1], random(2, M.shape[1] + 1, M.shape[1] + 1, dtype=dtype, seed=1)
     before = before + before.mT
     whole = before.clone()
     out = whole[:, :n, :n]  # in the corner of a larger matrix
-    assert add_gram_(out, M, torch.tensor(0.3, dtype=dtype) if tensor else 0.3) is out
     expected = before.double().clone()
+    if fresh:
+        out.fill_(torch.nan)
+        expected[:, :n, :n] = 0
+    assert add_gram_(out, M, torch.tensor(0.3, dtype=dtype) if tensor else 0.3, fresh) is out
     expected[:, :n, :n] += 0.3 * M.double() @ M.double().mT
     assert (whole.double() - expected).abs().max() < {torch.float32: 1e-4, torch.float64: 1e-12, torch.bfloat16: 1.0}[dtype]
     assert M.shape[-1] == 0 or (whole - before).abs().max() > 0.05

@@ -1,4 +1,4 @@
-"""The quick second backward pass of convolutions against PyTorch's general one."""
+"""The quick second backward pass of convolutions and GELU against PyTorch's general one."""
 
 import unittest.mock
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from curvlab.objective import Objective
-from curvlab.replay import QuickLayers, _MaxPool
+from curvlab.replay import PIECE, QuickLayers, _Gelu, _MaxPool, gelu_second
 
 CASES = {
     "strides": (nn.Conv2d, (4, 2, 9, 8), dict(stride=(2, 1))),
@@ -138,3 +138,51 @@ def test_pooling_in_the_quicker_layout_has_the_same_second_derivatives():
     assert pooled.call_count == 2
     for a, b in zip(usual, quickly, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)
+
+
+def gelu_net():
+    torch.manual_seed(4)
+    net = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 6), nn.GELU(approximate="tanh"), nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 3)).double()
+    return net, torch.randn(4, 5, dtype=torch.double) * 2, torch.tensor([0, 2, 1, 1])
+
+
+def test_gelu_has_its_derivatives_up_to_the_fourth():
+    net, x, y = gelu_net()
+    params = list(net.parameters())
+    vs = [torch.randn_like(p) for p in params]
+    for order in (1, 2, 3, 4):
+        expected = derivatives(net, x, y, params, vs, order)
+        with QuickLayers(), unittest.mock.patch("curvlab.replay._Gelu.apply", wraps=_Gelu.apply) as used:
+            found = derivatives(net, x, y, params, vs, order)
+        assert used.call_count == 2                      # the approximation with tanh is another function
+        assert max(t.abs().max() for t in expected) > 1e-4
+        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(expected, found))
+
+
+def test_gelu_hessian_and_gauss_newton_products_one_by_one_together_and_in_chunks():
+    net, x, y = gelu_net()
+    objective = Objective(net, nn.CrossEntropyLoss())
+    vs = [torch.randn(3, *p.shape, dtype=p.dtype) for p in objective.params]
+    closure = objective.at(x, y)
+    closure.evaluate(keep_graph=True)
+    hessian, chunked, ggn = objective.at(x, y).hvp(vs, batched=True), objective.at(x, y, chunk=3).hvp([v[1] for v in vs]), closure.ggnvp(vs, batched=True)
+    for i in range(3):
+        one = [v[i] for v in vs]
+        assert all(torch.allclose(a, b[i], rtol=1e-10, atol=1e-13) for a, b in zip(derivatives(net, x, y, objective.params, one, 2), hessian))
+        jv = torch.func.jvp(lambda *ps: torch.func.functional_call(net, dict(zip(dict(net.named_parameters()), ps)), (x,)), tuple(objective.params), tuple(one))[1]
+        p = net(x).softmax(1).detach()
+        expected = torch.autograd.grad(net(x), objective.params, ((p * jv - p * (p * jv).sum(1, keepdim=True)) / 4).detach())
+        assert all(torch.allclose(a, b[i], rtol=1e-9, atol=1e-12) for a, b in zip(expected, ggn))
+    assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-13) for a, b in zip(derivatives(net, x, y, objective.params, [v[1] for v in vs], 2), chunked))
+
+
+@pytest.mark.parametrize("dtype", [torch.double, torch.float32])
+def test_pieces_of_the_second_derivative_of_gelu_are_the_whole(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, y_bar, x_ddot = (torch.randn(9, PIECE // 4, generator=generator, dtype=dtype) for _ in range(3))
+    a = x.double().requires_grad_()
+    first, = torch.autograd.grad(nn.functional.gelu(a), a, y_bar.double(), create_graph=True)
+    expected, = torch.autograd.grad(first, a, x_ddot.double())
+    tolerance = 1e-12 if dtype == torch.double else 1e-5
+    torch.testing.assert_close(gelu_second(x, y_bar, x_ddot).double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(gelu_second(x.mT, y_bar.mT, x_ddot.mT).mT.double(), expected, rtol=tolerance, atol=tolerance)   # strides are free

@@ -15,7 +15,7 @@ from ..ledger.claims import package_folder
 from ..ledger.results import read_signed
 
 # %% auto #0
-__all__ = ['benchmarks_folder', 'benchmarks', 'benchmark_path', 'run_benchmark']
+__all__ = ['KEEP_MEMORY', 'benchmarks_folder', 'benchmarks', 'benchmark_path', 'run_benchmark']
 
 # %% ../../nbs/batch/bench.ipynb #3d50e000
 def benchmarks_folder() -> Path:
@@ -35,9 +35,12 @@ def benchmark_path(name: str) -> Path:
         raise BatchError(f"{benchmarks_folder()} has no benchmark {name!r}; {there}")
     return benchmarks_folder() / f"{name}.ipynb"
 
+# %% ../../nbs/batch/bench.ipynb #ff89fefa
+KEEP_MEMORY = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=4294967296:glibc.malloc.mmap_threshold=4294967296"}
+
 # %% ../../nbs/batch/bench.ipynb #1c7b49ba
 def run_benchmark(name: str, size: str = "smoke", seed: int = 0, device: str = "cpu", out: Path | str = "runs", timeout: float = 3600.0) -> tuple[Path, dict[str, Any]]:
-    """Run a benchmark notebook; returns the folder of the run and what it measured.
+    """Run a benchmark notebook with `KEEP_MEMORY`; returns the folder of the run and what it measured.
 
     The folder is `out/bench-<name>/<size>-<device>`; an earlier run there is replaced once the new one is complete.
 
@@ -52,7 +55,7 @@ def run_benchmark(name: str, size: str = "smoke", seed: int = 0, device: str = "
     with locked(out):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        error = attempt(notebook, parameters, folder, timeout, {})
+        error = attempt(notebook, parameters, folder, timeout, {} if "GLIBC_TUNABLES" in os.environ else KEEP_MEMORY)
         if not error and not (folder / "benchmark.json").exists():
             error = "the notebook never called finish(), or did not pass out= to Benchmark"
         if error:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from .conv_factors import conv_gram, output_gram, paddings, pays
-from .products import add_gram_, gram
+from .products import add_gram_, gram, put_
 from ..likelihood import FISHERS
 from ..objective import Closure, Evaluation
 
@@ -168,13 +168,14 @@ def linear_gram(block: LayerBlock, x: Tensor, dtype: torch.dtype, before: Tensor
     rows, before, share = thinned(x.reshape(1, len(x), -1, x.shape[-1]) if x.ndim > 1 else x.reshape(1, 1, 1, -1), positions, dtype, before)
     M, share, n = rows.flatten(1, 2).mT, 1.0 if share is None else share, x.shape[-1]
     m = n + (block.bias is not None)
-    A = M.new_zeros(1, m, m) if before is None else before
-    add_gram_(A[:, :n, :n], M, share)
+    fresh = before is None
+    A = M.new_empty(1, m, m) if fresh else before
+    add_gram_(A[:, :n, :n], M, share, fresh)
     if m > n:
-        border = M.sum(-1) * share
-        A[:, n, :n] += border
-        A[:, :n, n] += border
-        A[:, n, n] += M.shape[-1] * share
+        border = M.sum(-1, keepdim=True)
+        put_(A[:, :n, n:], border, share, fresh)
+        A[:, n, :n] = A[:, :n, n]
+        put_(A[:, n, n:], M.new_full((1, 1), M.shape[-1]), share, fresh)
     return A
 
 

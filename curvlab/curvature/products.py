@@ -13,14 +13,15 @@ from torch import Tensor
 from ..products import LEAST, held_back, other_library, product
 
 # %% auto #0
-__all__ = ['NARROW', 'SMALL', 'STRIP', 'OWN_STRIP', 'KEPT', 'scratch', 'transposed', 'scaled', 'add_gram_', 'gram',
+__all__ = ['NARROW', 'SMALL', 'STRIP', 'OWN_STRIP', 'OWN_WIDE', 'KEPT', 'scratch', 'transposed', 'put_', 'add_gram_', 'gram',
            'host_inverse', 'spd_inverse', 'add_diagonal']
 
 # %% ../../nbs/curvature/products.ipynb #97824966
 NARROW = 256  # rows up to which a symmetric product is not cut
 SMALL = 2**17  # nor with fewer numbers in M: cutting would cost more than it saves
 STRIP = 192  # rows of a strip
-OWN_STRIP = 96  # the same where `@` is not held back; more narrow matrices are not cut
+OWN_STRIP = 128  # the same where `@` is not held back; more narrow matrices are not cut
+OWN_WIDE = 1024  # rows from which on halves come before strips there
 KEPT = 2**22  # numbers up to which the memory of a transposed matrix is kept
 scratch = threading.local()
 
@@ -37,36 +38,45 @@ def transposed(M: Tensor, purpose: str) -> Tensor:
     return memory[: M.numel()].view(M.shape[1], M.shape[0]).copy_(M.mT)
 
 # %% ../../nbs/curvature/products.ipynb #ba989a4c
-def scaled(new: Tensor, alpha: Tensor | float) -> tuple[Tensor, float]:
-    "A product and the number that is left to multiply it with when it is added: a tensor is not read, but multiplied in at once."
-    return (new.mul_(alpha), 1.0) if isinstance(alpha, Tensor) else (new, alpha)
+def put_(out: Tensor, new: Tensor, alpha: Tensor | float, fresh: bool) -> Tensor:
+    "Add `alpha * new` to `out`, or write it there if `out` is `fresh` memory; `new` may be used up. A tensor `alpha` is not read."
+    if fresh:
+        return out.copy_(new * alpha) if new.requires_grad else torch.mul(new, alpha, out=out)
+    return out.add_(new.mul_(alpha)) if isinstance(alpha, Tensor) else out.add_(new, alpha=alpha)
 
 
-def _add_strips_(out: Tensor, M: Tensor, alpha: Tensor | float) -> None:
+def _add_strips_(out: Tensor, M: Tensor, alpha: Tensor | float, fresh: bool) -> None:
     "`add_gram_` for one matrix `out` `(n, n)`, strip by strip."
-    n, rows = len(M), M if M.is_contiguous() else transposed(M.mT, "rows")
+    n, rows = M.shape[0], M if M.is_contiguous() else transposed(M.mT, "rows")
     for a in range(0, n, STRIP):
         b = min(a + STRIP, n)
-        new, number = scaled(product(rows[a:], rows[a:b].mT), alpha)
-        out[a:, a:b].add_(new, alpha=number)
+        new = product(rows[a:], rows[a:b].mT)
         if b < n:
-            out[a:b, b:].add_(transposed(new[b - a :], "strip"), alpha=number)
+            put_(out[a:b, b:], transposed(new[b - a :], "strip"), alpha, fresh)
+        put_(out[a:, a:b], new, alpha, fresh)
 
 
-def _add_own_strips_(out: Tensor, M: Tensor, alpha: float) -> None:
+def _add_own_strips_(out: Tensor, M: Tensor, alpha: float, fresh: bool) -> None:
     "`_add_strips_` where `@` is quick: each strip is added within the product's own call, its mirror image is copied."
-    for a in range(0, len(M), OWN_STRIP):
-        b = min(a + OWN_STRIP, len(M))
-        out[a:, a:b].addmm_(M[a:], M[a:b].mT, alpha=alpha)
+    n, beta = M.shape[0], 0.0 if fresh else 1.0                     # 0 means that nothing is read, not even a NaN
+    strip = -(-n // 32) * 16 if n > OWN_WIDE else OWN_STRIP         # one half, on an even address
+    for a in range(0, n, strip):
+        b = min(a + strip, n)
+        if n > OWN_WIDE:
+            _add_own_strips_(out[a:b, a:b], M[a:b], alpha, fresh)
+            out[b:, a:b].addmm_(M[b:], M[a:b].mT, alpha=alpha, beta=beta)
+        else:
+            out[a:, a:b].addmm_(M[a:], M[a:b].mT, alpha=alpha, beta=beta)
         out[a:b, b:].copy_(out[b:, a:b].mT)
 
 
-def add_gram_(out: Tensor, M: Tensor, alpha: Tensor | float = 1.0) -> Tensor:
+def add_gram_(out: Tensor, M: Tensor, alpha: Tensor | float = 1.0, fresh: bool = False) -> Tensor:
     """Add `alpha * M M^T` to symmetric matrices, in place, with half of the operations where that is quicker; returns `out`.
 
     Args:
         out: `(K, n, n)`, without gradient.
         M: `(K, n, r)`, the dtype of `out`; strides are free.
+        fresh: whether `out` is fresh memory: what is in it counts for nothing.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
@@ -76,19 +86,18 @@ def add_gram_(out: Tensor, M: Tensor, alpha: Tensor | float = 1.0) -> Tensor:
     own = not held_back()
     if M.device.type == "cpu" and M.shape[1] > (OWN_STRIP if own else NARROW) and M.shape[2] >= LEAST and M[0].numel() >= SMALL and not M.requires_grad:
         for one, rows in zip(out, M):
-            (_add_own_strips_ if own else _add_strips_)(one, rows, float(alpha) if own else alpha)  # in a processor's memory reading a number waits for nobody
+            (_add_own_strips_ if own else _add_strips_)(one, rows, float(alpha) if own else alpha, fresh)  # in a processor's memory reading a number waits for nobody
         return out
     if not isinstance(alpha, Tensor) and (M.requires_grad or not other_library(M, M.mT)):
-        return out.baddbmm_(M, M.mT, alpha=alpha)
-    new, number = scaled(product(M, M.mT), alpha)
-    return out.add_(new, alpha=number)
+        return out.baddbmm_(M, M.mT, alpha=alpha, beta=0.0 if fresh else 1.0)
+    return put_(out, product(M, M.mT), alpha, fresh)
 
 
 def gram(rows: Tensor, before: Tensor | None = None, factor: Tensor | float | None = None) -> Tensor:
     "`before + factor * sum of r r^T` over rows `(groups, B, T, d)`: `(groups, d, d)`; `before` is symmetric and is written into."
     M = rows.flatten(1, 2).mT
-    out = M.new_zeros(len(M), M.shape[1], M.shape[1]) if before is None else before
-    return add_gram_(out, M, 1.0 if factor is None else factor)
+    out = M.new_empty(M.shape[0], M.shape[1], M.shape[1]) if before is None else before
+    return add_gram_(out, M, 1.0 if factor is None else factor, before is None)
 
 # %% ../../nbs/curvature/products.ipynb #bd60c462
 def host_inverse(M: Tensor) -> Tensor | None:

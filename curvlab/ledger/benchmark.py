@@ -32,10 +32,10 @@ def processor() -> str:
 
 
 def machine() -> dict[str, Any]:
-    "Processor, cores that this process may use, and the load of the last minute, which says whether somebody else was at work."
+    "Processor, cores that this process may use, the load of the last minute, which says whether somebody else was at work, and settings of the memory allocator."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-    return {"processor": processor(), "cores": cores, "load": load}
+    return {"processor": processor(), "cores": cores, "load": load, "allocator": os.environ.get("GLIBC_TUNABLES", "")}
 
 
 def version_of(distribution: str) -> str | None:
