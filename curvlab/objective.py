@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .likelihood import Likelihood, cotangents, likelihood_of
-from .replay import QuickLayers, RandomState, bare, breaks_off, differentiable_twice, say_once, throwaway_buffers, wrapped
+from .quick_layers import QuickLayers
+from .replay import RandomState, bare, breaks_off, differentiable_twice, say_once, throwaway_buffers, wrapped
 
 # %% auto #0
 __all__ = ['Cost', 'Evaluation', 'Objective', 'Closure', 'evaluate', 'undo_buffers', 'mean_', 'release', 'require_unbroken',

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import math
 import warnings
 from collections.abc import Iterable, Iterator
 
@@ -18,11 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
-from .products import linear
-
 # %% auto #0
-__all__ = ['log', 'CHANNELS', 'PIECE', 'say_once', 'wrapped', 'bare', 'differentiable_twice', 'max_pool', 'gelu_second_',
-           'gelu_second', 'QuickLayers', 'breaks_off', 'RandomState', 'throwaway_buffers']
+__all__ = ['log', 'say_once', 'wrapped', 'bare', 'differentiable_twice', 'breaks_off', 'RandomState', 'throwaway_buffers']
 
 # %% ../nbs/replay.ipynb #b71ed7e4
 log = logging.getLogger("curvlab")
@@ -71,192 +67,6 @@ def differentiable_twice(model: nn.Module) -> contextlib.ExitStack:
     if hasattr(torch.compiler, "set_stance"):  # torch >= 2.6
         stack.enter_context(torch.compiler.set_stance("force_eager"))
     return stack
-
-# %% ../nbs/replay.ipynb #5e863b4e
-class _Convolution(torch.autograd.Function):
-    "A convolution whose backward pass is `_ConvolutionBackward`."
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, W: Tensor, b: Tensor | None, linear: bool, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> Tensor:
-        return torch.convolution(x, W, b, stride, padding, dilation, False, [0] * len(stride), groups)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, W, b, ctx.linear, *ctx.numbers = inputs
-        ctx.biased = b is not None
-        ctx.save_for_backward(x, W)
-
-    @staticmethod
-    def backward(ctx, y_bar):
-        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.biased and ctx.needs_input_grad[2]
-        x, W = [t.detach() for t in ctx.saved_tensors] if ctx.linear else ctx.saved_tensors
-        return *_ConvolutionBackward.apply(y_bar, x, W, wanted, *ctx.numbers), None, None, None, None, None
-
-# %% ../nbs/replay.ipynb #8ecb834a
-class _ConvolutionBackward(torch.autograd.Function):
-    "Backward pass of a convolution, whose own backward pass uses the same kernels."
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(y_bar: Tensor, x: Tensor, W: Tensor, wanted: tuple[bool, bool, bool], stride: list[int], padding: list[int], dilation: list[int], groups: int):
-        return torch.ops.aten.convolution_backward(y_bar, x, W, [W.shape[0]], stride, padding, dilation, False, [0] * len(stride), groups, wanted)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        y_bar, x, W, _, *ctx.numbers = inputs
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(y_bar, x, W)
-
-    @staticmethod
-    def backward(ctx, x_ddot, W_ddot, b_ddot):
-        (y_bar, x, W), (*where, groups) = ctx.saved_tensors, ctx.numbers
-        rest = *where, False, [0] * len(where[0]), groups
-        to_y = None
-        if x_ddot is not None:
-            to_y = torch.convolution(x_ddot, W, None, *rest)
-        if W_ddot is not None:
-            more = torch.convolution(x, W_ddot, b_ddot, *rest)
-            to_y = more if to_y is None else to_y.add_(more)  # in place: images are large
-        elif b_ddot is not None:
-            more = b_ddot.view(-1, *[1] * len(where[0])).expand_as(y_bar)
-            to_y = more if to_y is None else to_y + more
-        halves = lambda x, W, wanted: torch.ops.aten.convolution_backward(y_bar, x, W, None, *rest, wanted)
-        to_x = halves(x, W_ddot, (True, False, False))[0] if W_ddot is not None and ctx.needs_input_grad[1] else None
-        to_W = halves(x_ddot, W, (False, True, False))[1] if x_ddot is not None and ctx.needs_input_grad[2] else None
-        return to_y, to_x, to_W, None, None, None, None, None
-
-# %% ../nbs/replay.ipynb #1a9db40e
-class _MaxPool(torch.autograd.Function):
-    "Maximum over windows of `(n, c, h, w)` by way of the other layout; also the places of the maxima."
-
-    @staticmethod
-    def forward(x: Tensor, *window) -> tuple[Tensor, Tensor]:
-        y, places = torch.ops.aten.max_pool2d_with_indices(x.contiguous(memory_format=torch.channels_last), *window)
-        return y.contiguous(), places.contiguous()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, *ctx.window = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, output[1])
-
-    @staticmethod
-    def backward(ctx, y_bar, _):
-        x, places = ctx.saved_tensors
-        return torch.ops.aten.max_pool2d_with_indices_backward(y_bar, x.detach(), *ctx.window, places), *[None] * len(ctx.window)
-
-
-CHANNELS = 8  # below which the change of layout costs more than it saves
-
-
-def max_pool(x: Tensor, kernel_size, stride=None, padding=0, dilation=1, ceil_mode: bool = False) -> Tensor | None:
-    "`torch.nn.functional.max_pool2d` by way of the other layout, or `None` where PyTorch's own way is as good: few channels, no CPU, that layout already, the transforms of `torch.func`."
-    if type(x) is not Tensor or x.ndim != 4 or x.device.type != "cpu" or x.shape[1] < CHANNELS or not x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last) or torch._C._are_functorch_transforms_active():
-        return None
-    sides = lambda v: [v, v] if isinstance(v, int) else list(v)
-    return _MaxPool.apply(x, sides(kernel_size), sides(kernel_size if stride is None else stride), sides(padding), sides(dilation), ceil_mode)[0]
-
-# %% ../nbs/replay.ipynb #d86c7d0e
-PIECE = 2**15  # numbers that stay in a cache, with a few copies
-
-
-def gelu_second_(out: Tensor, x: Tensor, y_bar: Tensor, x_ddot: Tensor) -> Tensor:
-    "Write `(2 - x^2) phi(x) * y_bar * x_ddot` into contiguous `out`, piece by piece."
-    density = torch.empty(min(PIECE, out.numel()), dtype=out.dtype, device=out.device)
-    for to, *factors in zip(*(t.reshape(-1).split(PIECE) for t in (out, x, y_bar, x_ddot))):
-        torch.mul(factors[0], factors[0], out=to)
-        phi = torch.mul(to, -0.5, out=density[: len(to)]).exp_().mul_(-1 / math.sqrt(2 * math.pi))
-        to.sub_(2).mul_(phi)
-        for factor in factors[1:]:
-            to.mul_(factor)
-    return out
-
-
-def gelu_second(x: Tensor, y_bar: Tensor, x_ddot: Tensor) -> Tensor:
-    "`(2 - x^2) phi(x) * y_bar * x_ddot`, differentiable; the first two factors are the second derivative of `x * Phi(x)`."
-    tensors = x, y_bar, x_ddot
-    ends = not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors)
-    if ends and x.device.type == "cpu" and not any(torch._C._functorch.is_functorch_wrapped_tensor(t) or torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors):
-        return gelu_second_(torch.empty_like(x, memory_format=torch.contiguous_format), *tensors)
-    return (2 - x.square()) * (x.square() / -2).exp() / math.sqrt(2 * math.pi) * y_bar * x_ddot
-
-
-class _Gelu(torch.autograd.Function):
-    "`x * Phi(x)` whose backward pass is `_GeluBackward`."
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, linear: bool) -> Tensor:
-        return torch.ops.aten.gelu(x)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, ctx.linear = inputs
-        ctx.save_for_backward(x)
-
-    @staticmethod
-    def backward(ctx, y_bar):
-        x, = ctx.saved_tensors
-        return _GeluBackward.apply(y_bar, x.detach() if ctx.linear else x), None
-
-
-class _GeluBackward(torch.autograd.Function):
-    "`y_bar * (Phi(x) + x phi(x))` in one kernel, as often differentiable as one likes."
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(y_bar: Tensor, x: Tensor) -> Tensor:
-        return torch.ops.aten.gelu_backward(y_bar, x)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, x_ddot):
-        y_bar, x = ctx.saved_tensors
-        to_y, to_x = ctx.needs_input_grad
-        return _GeluBackward.apply(x_ddot, x) if to_y else None, gelu_second(x, y_bar, x_ddot) if to_x else None
-
-# %% ../nbs/replay.ipynb #0b493138
-class QuickLayers(TorchFunctionMode):
-    """Around a forward pass on a CPU that will be differentiated *backwards*, if at all (what it puts in has no forward mode): large linear layers take the quicker products, convolutions and GELU the quick second backward pass, and maxima are pooled in the quicker layout.
-
-    Args:
-        twice: the gradient will be differentiated; otherwise convolutions and GELU are left alone, they have nothing to gain.
-        linear: the gradient will only be differentiated in the cotangent that it is linear in (for products with the Jacobian): the second pass takes inputs and weights for constants.
-
-    Attributes:
-        changed: whether a linear layer, a convolution or GELU was met and replaced.
-    """
-
-    def __init__(self, twice: bool = True, linear: bool = False):
-        super().__init__()
-        self.twice, self.linear, self.changed = twice, linear, False
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        quick = None
-        if func is nn.functional.max_pool2d and not torch.compiler.is_compiling():
-            named = dict(kwargs or {})
-            pooled = None if named.pop("return_indices", False) else max_pool(*args, **named)
-            return func(*args, **(kwargs or {})) if pooled is None else pooled
-        if self.twice and func is nn.functional.gelu and len(args) == 1 and set(kwargs or {}) <= {"approximate"} and (kwargs or {}).get("approximate", "none") == "none":
-            x, = args
-            if type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" and not torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
-                quick = _Gelu.apply(x, self.linear)
-        if func is nn.functional.linear and not kwargs and not torch.compiler.is_compiling():
-            quick = linear(*args, constants=self.linear)
-        elif self.twice and func in (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d) and not kwargs and len(args) == 7:
-            x, W, b, stride, padding, dilation, groups = args
-            if x.device.type == "cpu" and x.ndim == W.ndim and not isinstance(padding, str) and not torch.is_autocast_enabled("cpu"):
-                quick = _Convolution.apply(x, W, b, self.linear, list(stride), list(padding), list(dilation), groups)
-        self.changed = self.changed or quick is not None
-        return func(*args, **(kwargs or {})) if quick is None else quick
 
 # %% ../nbs/replay.ipynb #828ff8ce
 def breaks_off(grads: Iterable[Tensor | None]) -> bool:

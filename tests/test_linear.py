@@ -8,7 +8,7 @@ from curvlab.curvature import GGN, Hessian, Jacobian
 from curvlab.objective import Objective
 from curvlab import products
 from curvlab.products import WORTH, linear
-from curvlab.replay import QuickLayers
+from curvlab.quick_layers import QuickLayers
 
 
 @pytest.fixture(autouse=True)

@@ -145,8 +145,9 @@ def test_no_file_is_too_long(path):
 MAY_IMPORT = {
     "likelihood": set(),
     "products": set(),
-    "replay": {"products"},
-    "objective": {"likelihood", "replay"},
+    "quick_layers": {"products"},
+    "replay": set(),
+    "objective": {"likelihood", "quick_layers", "replay"},
     "curvature": {"likelihood", "products", "replay", "objective", "curvature"},
     "optim": {"likelihood", "objective", "curvature", "optim"},
     "lab": {"likelihood", "replay", "objective", "curvature", "optim", "lab"},

@@ -1,4 +1,4 @@
-"""The quick second backward pass of convolutions and GELU against PyTorch's general one."""
+"""The quick second backward passes against PyTorch's general ones."""
 
 import unittest.mock
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from curvlab.objective import Objective
-from curvlab.replay import PIECE, QuickLayers, _Gelu, _MaxPool, gelu_second
+from curvlab.quick_layers import PIECE, QuickLayers, _Gelu, _LayerNorm, _MaxPool, _Softmax, by_pieces, gelu_second
 
 CASES = {
     "strides": (nn.Conv2d, (4, 2, 9, 8), dict(stride=(2, 1))),
@@ -133,7 +133,7 @@ def test_pooling_in_the_quicker_layout_has_the_same_second_derivatives():
         return [y.detach(), *gradient, *torch.autograd.grad(gradient, parameters, direction)]
 
     usual = all_derivatives()
-    with QuickLayers() as quick, unittest.mock.patch("curvlab.replay._MaxPool.apply", wraps=_MaxPool.apply) as pooled:
+    with QuickLayers() as quick, unittest.mock.patch("curvlab.quick_layers._MaxPool.apply", wraps=_MaxPool.apply) as pooled:
         quickly = all_derivatives()
     assert pooled.call_count == 2
     for a, b in zip(usual, quickly, strict=True):
@@ -152,7 +152,7 @@ def test_gelu_has_its_derivatives_up_to_the_fourth():
     vs = [torch.randn_like(p) for p in params]
     for order in (1, 2, 3, 4):
         expected = derivatives(net, x, y, params, vs, order)
-        with QuickLayers(), unittest.mock.patch("curvlab.replay._Gelu.apply", wraps=_Gelu.apply) as used:
+        with QuickLayers(), unittest.mock.patch("curvlab.quick_layers._Gelu.apply", wraps=_Gelu.apply) as used:
             found = derivatives(net, x, y, params, vs, order)
         assert used.call_count == 2                      # the approximation with tanh is another function
         assert max(t.abs().max() for t in expected) > 1e-4
@@ -184,5 +184,93 @@ def test_pieces_of_the_second_derivative_of_gelu_are_the_whole(dtype):
     first, = torch.autograd.grad(nn.functional.gelu(a), a, y_bar.double(), create_graph=True)
     expected, = torch.autograd.grad(first, a, x_ddot.double())
     tolerance = 1e-12 if dtype == torch.double else 1e-5
-    torch.testing.assert_close(gelu_second(x, y_bar, x_ddot).double(), expected, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(gelu_second(x.mT, y_bar.mT, x_ddot.mT).mT.double(), expected, rtol=tolerance, atol=tolerance)   # strides are free
+    torch.testing.assert_close(by_pieces(gelu_second, x, y_bar, x_ddot)[0].double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(by_pieces(gelu_second, x.mT, y_bar.mT, x_ddot.mT)[0].mT.double(), expected, rtol=tolerance, atol=tolerance)   # strides are free
+
+
+class Attends(nn.Module):
+    "Two layer norms, causal and plain attention, GELU: what a transformer is made of."
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.mix, self.second, self.out = nn.LayerNorm(6, eps=1e-2), nn.Linear(6, 18), nn.LayerNorm((3, 6)), nn.Linear(6, 3)
+
+    def forward(self, x):
+        q, k, v = self.mix(self.first(x)).unflatten(-1, (3, 2, 3)).permute(2, 0, 3, 1, 4)
+        attend = nn.functional.scaled_dot_product_attention
+        mixed = attend(q, k, v, is_causal=True) + attend(k, q, v, scale=0.7)
+        return self.out(nn.functional.gelu(self.second(mixed.transpose(1, 2).flatten(2)))).transpose(1, 2)
+
+
+def attending():
+    torch.manual_seed(5)
+    net = Attends().double()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return net, torch.randn(4, 3, 6, dtype=torch.double), torch.randint(3, (4, 3))
+
+
+def test_transformer_layers_have_the_same_hessian_products_and_all_are_replaced():
+    net, x, y = attending()
+    params = list(net.parameters())
+    vs = [torch.randn_like(p) for p in params]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        expected = derivatives(net, x, y, params, vs, 2)
+    patched = {c: unittest.mock.patch.object(c, "apply", wraps=c.apply) for c in (_Gelu, _LayerNorm, _Softmax)}
+    with QuickLayers(), patched[_Gelu] as gelu, patched[_LayerNorm] as norm, patched[_Softmax] as softmax:
+        found = derivatives(net, x, y, params, vs, 2)
+    assert gelu.call_count == 1 and norm.call_count >= 2 and softmax.call_count == 2         # the second pass of a layer norm calls it again
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(expected, found))
+
+
+def test_third_derivatives_of_transformer_layers_by_finite_differences():
+    "PyTorch's own third derivative of a layer norm is wrong, so it is no reference."
+    net, x, y = attending()
+    params = list(net.parameters())
+    vs = [torch.randn_like(p) for p in params]
+
+    def hessian_product(t):
+        with torch.no_grad():
+            for p, v in zip(params, vs):
+                p.add_(t * v)
+        with QuickLayers():
+            out = derivatives(net, x, y, params, vs, 2)
+        with torch.no_grad():
+            for p, v in zip(params, vs):
+                p.sub_(t * v)
+        return [o.detach() for o in out]
+
+    with QuickLayers():
+        found = derivatives(net, x, y, params, vs, 3)
+    step = 1e-4
+    for ahead, behind, exact in zip(hessian_product(step), hessian_product(-step), found):
+        torch.testing.assert_close((ahead - behind) / (2 * step), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_gauss_newton_products_of_transformer_layers():
+    net, x, y = attending()
+    objective = Objective(net, nn.CrossEntropyLoss())
+    vs = [torch.randn(3, *p.shape, dtype=p.dtype) for p in objective.params]
+    closure = objective.at(x, y)
+    closure.evaluate(keep_graph=True)
+    together, names = closure.ggnvp(vs, batched=True), dict(net.named_parameters())
+    for i in range(3):
+        one = [v[i] for v in vs]
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            jv = torch.func.jvp(lambda *ps: torch.func.functional_call(net, dict(zip(names, ps)), (x,)), tuple(objective.params), tuple(one))[1]
+            p = net(x).softmax(1).detach()
+            expected = torch.autograd.grad(net(x), objective.params, ((p * jv - p * (p * jv).sum(1, keepdim=True)) / y.numel()).detach())
+        for a, b, c in zip(expected, closure.ggnvp(one), together):
+            assert torch.allclose(a, b, rtol=1e-9, atol=1e-12) and torch.allclose(a, c[i], rtol=1e-9, atol=1e-12)
+
+
+def test_layers_without_a_quick_version_are_left_alone():
+    x = torch.randn(2, 3, 6, dtype=torch.double, requires_grad=True)
+    f = nn.functional
+    masked = dict(attn_mask=torch.ones(3, 3, dtype=torch.bool).tril())
+    cases = [lambda: f.layer_norm(x, (6,)), lambda: f.layer_norm(x, (6,), torch.ones(6).double()), lambda: f.gelu(x, approximate="tanh"), lambda: f.gelu(x.half()), lambda: f.scaled_dot_product_attention(x, x, x, **masked)]
+    for call in cases:
+        with QuickLayers() as quick:
+            out = call()
+        assert not quick.changed and torch.equal(out, call())
