@@ -130,7 +130,8 @@ def test_new_writes_a_skeleton_once_and_it_fits_the_ledger(toys):
 
 
 def test_new_refuses_a_planned_paper():
-    code, text = call("new", "adam-2014")
+    planned = next(p for p in load_ledger().values() if p.status == "planned")
+    code, text = call("new", planned.id)
     assert code == 2 and "planned" in text
 
 

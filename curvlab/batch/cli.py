@@ -282,7 +282,7 @@ def skeleton(paper):
     yield "code", "run.finish()"
 
 
-@app.command(epilog="Example:  [bold]curvlab new adam-2014[/]  after its claims are stated in the ledger.")
+@app.command(epilog="Example:  [bold]curvlab new acktr-2017[/]  after its claims are stated in the ledger.")
 def new(paper: Annotated[str, typer.Argument(help="Id of a paper of the ledger.")]):
     "Write the skeleton of a paper notebook, with a section for each claim of the ledger."
     import nbformat
