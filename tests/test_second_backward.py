@@ -140,6 +140,16 @@ def test_pooling_in_the_quicker_layout_has_the_same_second_derivatives():
         torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)
 
 
+def gauss_newton_product(net, x, y, v):
+    "`J^T H J v` of the mean cross-entropy, classes in dimension 1, by forward mode."
+    names, params = zip(*net.named_parameters())
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        jv = torch.func.jvp(lambda *ps: torch.func.functional_call(net, dict(zip(names, ps)), (x,)), params, tuple(v))[1]
+        outputs = net(x)
+    p = outputs.detach().softmax(1)
+    return torch.autograd.grad(outputs, params, ((p * jv - p * (p * jv).sum(1, keepdim=True)) / y.numel()).detach())
+
+
 def gelu_net():
     torch.manual_seed(4)
     net = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 6), nn.GELU(approximate="tanh"), nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 3)).double()
@@ -169,9 +179,7 @@ def test_gelu_hessian_and_gauss_newton_products_one_by_one_together_and_in_chunk
     for i in range(3):
         one = [v[i] for v in vs]
         assert all(torch.allclose(a, b[i], rtol=1e-10, atol=1e-13) for a, b in zip(derivatives(net, x, y, objective.params, one, 2), hessian))
-        jv = torch.func.jvp(lambda *ps: torch.func.functional_call(net, dict(zip(dict(net.named_parameters()), ps)), (x,)), tuple(objective.params), tuple(one))[1]
-        p = net(x).softmax(1).detach()
-        expected = torch.autograd.grad(net(x), objective.params, ((p * jv - p * (p * jv).sum(1, keepdim=True)) / 4).detach())
+        expected = gauss_newton_product(net, x, y, one)
         assert all(torch.allclose(a, b[i], rtol=1e-9, atol=1e-12) for a, b in zip(expected, ggn))
     assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-13) for a, b in zip(derivatives(net, x, y, objective.params, [v[1] for v in vs], 2), chunked))
 
@@ -254,13 +262,10 @@ def test_gauss_newton_products_of_transformer_layers():
     vs = [torch.randn(3, *p.shape, dtype=p.dtype) for p in objective.params]
     closure = objective.at(x, y)
     closure.evaluate(keep_graph=True)
-    together, names = closure.ggnvp(vs, batched=True), dict(net.named_parameters())
+    together = closure.ggnvp(vs, batched=True)
     for i in range(3):
         one = [v[i] for v in vs]
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            jv = torch.func.jvp(lambda *ps: torch.func.functional_call(net, dict(zip(names, ps)), (x,)), tuple(objective.params), tuple(one))[1]
-            p = net(x).softmax(1).detach()
-            expected = torch.autograd.grad(net(x), objective.params, ((p * jv - p * (p * jv).sum(1, keepdim=True)) / y.numel()).detach())
+        expected = gauss_newton_product(net, x, y, one)
         for a, b, c in zip(expected, closure.ggnvp(one), together):
             assert torch.allclose(a, b, rtol=1e-9, atol=1e-12) and torch.allclose(a, c[i], rtol=1e-9, atol=1e-12)
 

@@ -69,7 +69,7 @@ def _add_own_strips_(out: Tensor, M: Tensor, alpha: float, fresh: bool) -> None:
             out[a:, a:b].addmm_(M[a:], M[a:b].mT, alpha=alpha, beta=beta)
         out[a:b, b:].copy_(out[b:, a:b].mT)
 
-
+# %% ../../nbs/curvature/products.ipynb #83b52d68
 def add_gram_(out: Tensor, M: Tensor, alpha: Tensor | float = 1.0, fresh: bool = False) -> Tensor:
     """Add `alpha * M M^T` to symmetric matrices, in place, with half of the operations where that is quicker; returns `out`.
 
