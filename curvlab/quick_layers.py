@@ -16,8 +16,9 @@ from torch.overrides import TorchFunctionMode
 from .products import linear
 
 # %% auto #0
-__all__ = ['PIECE', 'CHANNELS', 'SECOND', 'plain', 'by_pieces', 'gelu_second', 'norm_first', 'norm_second', 'softmax_second',
-           'attention', 'max_pool', 'QuickLayers']
+__all__ = ['PIECE', 'WORTH_LAYOUT', 'CHANNELS', 'POOLS', 'CONVOLUTIONS', 'SECOND', 'plain', 'batched', 'by_pieces',
+           'channels_last', 'laid_out', 'gelu_second', 'norm_first', 'norm_second', 'softmax_second', 'attention',
+           'max_pool', 'QuickLayers']
 
 # %% ../nbs/quick_layers.ipynb #29bbeafe
 PIECE = 2**16  # numbers of each tensor that are worked on at a time: a dozen such pieces fit into a cache
@@ -30,11 +31,15 @@ def plain(*tensors: Any) -> bool:
     return all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) for t in tensors)
 
 
+def batched(*tensors: Tensor) -> bool:
+    "Whether some of these stand for many tensors, inside of a `vmap`."
+    return any(torch._C._functorch.is_functorch_wrapped_tensor(t) or torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
+
+
 def by_pieces(f: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
     "`f(*tensors)` for tensors `(rows, d)` and a function that treats rows one by one and gives tensors `(rows, d)`; a few rows at a time where nothing will be differentiated."
     followed = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    batched = any(torch._C._functorch.is_functorch_wrapped_tensor(t) or torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
-    if followed or batched or tensors[0].device.type != "cpu" or tensors[0].numel() <= PIECE:
+    if followed or batched(*tensors) or tensors[0].device.type != "cpu" or tensors[0].numel() <= PIECE:
         return f(*tensors)
     rows = max(1, PIECE // tensors[0].shape[1])
     done = [f(*parts) for parts in zip(*(t.split(rows) for t in tensors))]
@@ -63,6 +68,11 @@ class _Convolution(torch.autograd.Function):
         return *_ConvolutionBackward.apply(y_bar, x, W, wanted, *ctx.numbers), None, None, None, None, None
 
 # %% ../nbs/quick_layers.ipynb #2de31d7d
+def _like(to_W: Tensor, W: Tensor) -> Tensor:
+    "The gradient of a kernel in the kernel's layout, not in that of the images."
+    return to_W.reshape(-1).view(W.shape) if W.is_contiguous() else to_W
+
+
 class _ConvolutionBackward(torch.autograd.Function):
     "Backward pass of a convolution, whose own backward pass uses the same kernels."
 
@@ -70,7 +80,8 @@ class _ConvolutionBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(y_bar: Tensor, x: Tensor, W: Tensor, wanted: tuple[bool, bool, bool], stride: list[int], padding: list[int], dilation: list[int], groups: int):
-        return torch.ops.aten.convolution_backward(y_bar, x, W, [W.shape[0]], stride, padding, dilation, False, [0] * len(stride), groups, wanted)
+        to_x, to_W, to_b = torch.ops.aten.convolution_backward(y_bar, x, W, [W.shape[0]], stride, padding, dilation, False, [0] * len(stride), groups, wanted)
+        return to_x, _like(to_W, W) if wanted[1] else to_W, to_b
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -94,7 +105,25 @@ class _ConvolutionBackward(torch.autograd.Function):
         halves = lambda x, W, wanted: torch.ops.aten.convolution_backward(y_bar, x, W, None, *rest, wanted)
         to_x = halves(x, W_ddot, (True, False, False))[0] if W_ddot is not None and ctx.needs_input_grad[1] else None
         to_W = halves(x_ddot, W, (False, True, False))[1] if x_ddot is not None and ctx.needs_input_grad[2] else None
-        return to_y, to_x, to_W, None, None, None, None, None
+        return to_y, to_x, to_W if to_W is None else _like(to_W, W), None, None, None, None, None
+
+# %% ../nbs/quick_layers.ipynb #4d845c7f
+WORTH_LAYOUT = 2**23  # multiplications in a convolution from which on its layout is worth a copy
+
+
+def channels_last(x: Tensor) -> bool:
+    "Whether these are images `(n, c, h, w)` whose channels, by their strides, lie next to each other in memory."
+    return x.ndim == 4 and x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def laid_out(x: Tensor, W: Tensor) -> Tensor:
+    "The images `(n, c, h, w)` in the layout in which their convolution with the kernel `W` is quicker on a CPU."
+    usable = plain(x, W) and x.ndim == W.ndim == 4 and x.dtype == W.dtype == torch.float32 and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    if not usable or channels_last(x) or x.numel() // max(1, x.shape[1]) * W.numel() < WORTH_LAYOUT:
+        return x
+    if x.shape[1] == 1 and x.is_contiguous():  # both layouts are the same, but PyTorch looks at the strides
+        return x.view(len(x), *x.shape[2:], 1).movedim(-1, 1)
+    return x.contiguous(memory_format=torch.channels_last)
 
 # %% ../nbs/quick_layers.ipynb #c32a0ae4
 def gelu_second(x: Tensor, y_bar: Tensor, x_ddot: Tensor) -> tuple[Tensor]:
@@ -275,12 +304,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, scale: f
 
 # %% ../nbs/quick_layers.ipynb #77160200
 class _MaxPool(torch.autograd.Function):
-    "Maximum over windows of `(n, c, h, w)` by way of the other layout; also the places of the maxima."
+    "Maximum over windows of `(n, c, h, w)` in the other layout, which the result has if `x` has it; also the places of the maxima."
 
     @staticmethod
     def forward(x: Tensor, *window) -> tuple[Tensor, Tensor]:
         y, places = torch.ops.aten.max_pool2d_with_indices(x.contiguous(memory_format=torch.channels_last), *window)
-        return y.contiguous(), places.contiguous()
+        return (y, places) if channels_last(x) else (y.contiguous(), places.contiguous())
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -291,27 +320,52 @@ class _MaxPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx, y_bar, _):
         x, places = ctx.saved_tensors
-        return torch.ops.aten.max_pool2d_with_indices_backward(y_bar, x.detach(), *ctx.window, places), *[None] * len(ctx.window)
+        return _MaxPoolBackward.apply(y_bar, x.detach(), places, *ctx.window), *[None] * len(ctx.window)
+
+
+class _MaxPoolBackward(torch.autograd.Function):
+    "What comes back to the places of the maxima; its own backward pass collects from there."
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y_bar: Tensor, x: Tensor, places: Tensor, *window) -> Tensor:
+        # of x only size and layout are looked at, and of the other layout vmap knows nothing
+        return torch.ops.aten.max_pool2d_with_indices_backward(y_bar, torch.empty_like(x, memory_format=torch.contiguous_format) if batched(y_bar) else x, *window, places)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.rest = len(inputs) - 1
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx, x_ddot):
+        places, = ctx.saved_tensors
+        pixels = lambda t: t.movedim(1, -1).reshape(len(t), -1, t.shape[1])
+        found = pixels(x_ddot).gather(1, pixels(places))
+        return found.view(len(places), *places.shape[2:], -1).movedim(-1, 1), *[None] * ctx.rest
 
 
 CHANNELS = 8  # below which the change of layout costs more than it saves
 
 
 def max_pool(x: Tensor, kernel_size, stride=None, padding=0, dilation=1, ceil_mode: bool = False) -> Tensor | None:
-    "`torch.nn.functional.max_pool2d` by way of the other layout, or `None` where PyTorch's own way is as good: few channels, no CPU, that layout already, the transforms of `torch.func`."
-    if type(x) is not Tensor or x.ndim != 4 or x.device.type != "cpu" or x.shape[1] < CHANNELS or not x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last) or torch._C._are_functorch_transforms_active():
+    "`torch.nn.functional.max_pool2d` in the other layout, or `None` where PyTorch's own way is as good: few channels, no CPU, the transforms of `torch.func`."
+    if not plain(x) or x.ndim != 4 or not (channels_last(x) or x.is_contiguous() and x.shape[1] >= CHANNELS):
         return None
     sides = lambda v: [v, v] if isinstance(v, int) else list(v)
     return _MaxPool.apply(x, sides(kernel_size), sides(kernel_size if stride is None else stride), sides(padding), sides(dilation), ceil_mode)[0]
 
 # %% ../nbs/quick_layers.ipynb #c61a125a
-def _quick_convolution(linear: bool, *args: Any, **kwargs: Any) -> Tensor | None:
-    if kwargs or len(args) != 7:
+def _quick_convolution(linear: bool, twice: bool, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride=1, padding=0, dilation=1, groups: int = 1) -> Tensor | None:
+    x, W, n = input, weight, weight.ndim - 2
+    if x.device.type != "cpu" or x.ndim != W.ndim or isinstance(padding, str) or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return None
-    x, W, b, stride, padding, dilation, groups = args
-    if x.device.type != "cpu" or x.ndim != W.ndim or isinstance(padding, str) or torch.is_autocast_enabled("cpu"):
+    images = laid_out(x, W)
+    if not twice and not (plain(images) and channels_last(images)):
         return None
-    return _Convolution.apply(x, W, b, linear, list(stride), list(padding), list(dilation), groups)
+    sides = lambda v: [v] * n if isinstance(v, int) else list(v) * (n // len(v))
+    return _Convolution.apply(images, W, bias, linear, sides(stride), sides(padding), sides(dilation), groups)
 
 
 def _quick_gelu(linear: bool, x: Tensor, approximate: str = "none") -> Tensor | None:
@@ -329,15 +383,16 @@ def _quick_attention(linear: bool, q: Tensor, k: Tensor, v: Tensor, attn_mask: T
     return attention(q, k, v, is_causal, scale, linear) if same and attn_mask is None and not dropout_p and not enable_gqa else None
 
 
-SECOND = dict.fromkeys((nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d), _quick_convolution)
-SECOND |= {nn.functional.gelu: _quick_gelu, nn.functional.layer_norm: _quick_layer_norm, nn.functional.scaled_dot_product_attention: _quick_attention}
+POOLS = nn.functional.max_pool2d, torch.max_pool2d, nn.functional.max_pool2d_with_indices
+CONVOLUTIONS = nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d
+SECOND = {nn.functional.gelu: _quick_gelu, nn.functional.layer_norm: _quick_layer_norm, nn.functional.scaled_dot_product_attention: _quick_attention}
 
 # %% ../nbs/quick_layers.ipynb #d99815b0
 class QuickLayers(TorchFunctionMode):
-    """Around a forward pass on a CPU that will be differentiated *backwards*, if at all (what it puts in has no forward mode): large linear layers take the quicker products; convolutions, GELU, layer norm and attention the quick second backward pass; and maxima are pooled in the quicker layout.
+    """Around a forward pass on a CPU that will be differentiated *backwards*, if at all (what it puts in has no forward mode): large linear layers take the quicker products; large convolutions and maxima over windows the quicker layout; convolutions, GELU, layer norm and attention the quick second backward pass.
 
     Args:
-        twice: the gradient will be differentiated; otherwise only linear layers and pooling change, the others have nothing to gain.
+        twice: the gradient will be differentiated; otherwise only products and layouts change, the others have nothing to gain.
         linear: the gradient will only be differentiated in the cotangent that it is linear in (for products with the Jacobian): the second pass takes inputs and weights for constants.
 
     Attributes:
@@ -350,13 +405,18 @@ class QuickLayers(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is nn.functional.max_pool2d and not torch.compiler.is_compiling():
-            named = dict(kwargs)
-            pooled = None if named.pop("return_indices", False) else max_pool(*args, **named)
-            return func(*args, **kwargs) if pooled is None else pooled
+        if func is Tensor.view and plain(args[0]) and channels_last(args[0]) and not isinstance(kwargs.get("dtype", args[-1]), torch.dtype):
+            return args[0].reshape(*args[1:], **kwargs)
+        if func in POOLS:
+            quick = max_pool(*args[:6], **{k: v for k, v in kwargs.items() if k != "return_indices"}) if func is not POOLS[-1] else None
+            if quick is None and plain(args[0]):  # in the usual layout it can be differentiated in more ways
+                args = args[0].contiguous(), *args[1:]
+            return func(*args, **kwargs) if quick is None else quick
         quick = None
         if func is nn.functional.linear and not kwargs and not torch.compiler.is_compiling():
             quick = linear(*args, constants=self.linear)
+        elif func in CONVOLUTIONS:
+            quick = _quick_convolution(self.linear, self.twice, *args, **kwargs)
         elif self.twice and func in SECOND:
             quick = SECOND[func](self.linear, *args, **kwargs)
         self.changed = self.changed or quick is not None
