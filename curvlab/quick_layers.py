@@ -16,9 +16,8 @@ from torch.overrides import TorchFunctionMode
 from .products import linear
 
 # %% auto #0
-__all__ = ['PIECE', 'WORTH_LAYOUT', 'CHANNELS', 'POOLS', 'CONVOLUTIONS', 'SECOND', 'plain', 'batched', 'by_pieces',
-           'channels_last', 'laid_out', 'gelu_second', 'norm_first', 'norm_second', 'softmax_second', 'attention',
-           'max_pool', 'QuickLayers']
+__all__ = ['PIECE', 'WORTH_LAYOUT', 'CHANNELS', 'ALWAYS', 'TWICE', 'plain', 'batched', 'by_pieces', 'channels_last', 'laid_out',
+           'gelu_second', 'norm_first', 'norm_second', 'softmax_second', 'attention', 'max_pool', 'QuickLayers']
 
 # %% ../nbs/quick_layers.ipynb #29bbeafe
 PIECE = 2**16  # numbers of each tensor that are worked on at a time: a dozen such pieces fit into a cache
@@ -357,37 +356,55 @@ def max_pool(x: Tensor, kernel_size, stride=None, padding=0, dilation=1, ceil_mo
     return _MaxPool.apply(x, sides(kernel_size), sides(kernel_size if stride is None else stride), sides(padding), sides(dilation), ceil_mode)[0]
 
 # %% ../nbs/quick_layers.ipynb #c61a125a
-def _quick_convolution(linear: bool, twice: bool, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride=1, padding=0, dilation=1, groups: int = 1) -> Tensor | None:
+def _quick_linear(mode: QuickLayers, *args: Any, **kwargs: Any) -> Tensor | None:
+    return None if kwargs or torch.compiler.is_compiling() else linear(*args, constants=mode.linear)
+
+
+def _quick_convolution(mode: QuickLayers, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride=1, padding=0, dilation=1, groups: int = 1) -> Tensor | None:
     x, W, n = input, weight, weight.ndim - 2
     if x.device.type != "cpu" or x.ndim != W.ndim or isinstance(padding, str) or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return None
     images = laid_out(x, W)
-    if not twice and not (plain(images) and channels_last(images)):
+    if not mode.twice and not (plain(images) and channels_last(images)):
         return None
     sides = lambda v: [v] * n if isinstance(v, int) else list(v) * (n // len(v))
-    return _Convolution.apply(images, W, bias, linear, sides(stride), sides(padding), sides(dilation), groups)
+    return _Convolution.apply(images, W, bias, mode.linear, sides(stride), sides(padding), sides(dilation), groups)
 
 
-def _quick_gelu(linear: bool, x: Tensor, approximate: str = "none") -> Tensor | None:
-    return _Gelu.apply(x, linear) if approximate == "none" and plain(x) and x.ndim else None
+def _quick_pool(mode: QuickLayers, x: Tensor, *args: Any, return_indices: bool = False, **kwargs: Any) -> Tensor | None:
+    return max_pool(x, *args, **kwargs)
 
 
-def _quick_layer_norm(linear: bool, x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor | None:
-    if not plain(x, weight, bias) or not x.dtype == weight.dtype == bias.dtype or tuple(normalized_shape) != weight.shape or not x.numel():
-        return None
-    return _LayerNorm.apply(x, weight, bias, eps, linear)[0]
+def _usual_pool(mode: QuickLayers, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor] | None:
+    "With the places, for which there is no quick version; but PyTorch's own backward pass in the other layout knows nothing of `vmap`."
+    return nn.functional.max_pool2d_with_indices(x.contiguous(), *args, **kwargs) if plain(x) and channels_last(x) else None
 
 
-def _quick_attention(linear: bool, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor | None:
-    same = plain(q, k, v) and q.dtype == k.dtype == v.dtype and q.shape[:-2] == k.shape[:-2] == v.shape[:-2]
-    return attention(q, k, v, is_causal, scale, linear) if same and attn_mask is None and not dropout_p and not enable_gqa else None
-
-
-POOLS = nn.functional.max_pool2d, torch.max_pool2d, nn.functional.max_pool2d_with_indices
-CONVOLUTIONS = nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d
-SECOND = {nn.functional.gelu: _quick_gelu, nn.functional.layer_norm: _quick_layer_norm, nn.functional.scaled_dot_product_attention: _quick_attention}
+def _reshape(mode: QuickLayers, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+    "In place of `view` for images in the other layout."
+    return x.reshape(*args, **kwargs) if plain(x) and channels_last(x) and not isinstance(kwargs.get("dtype", args and args[0]), torch.dtype) else None
 
 # %% ../nbs/quick_layers.ipynb #d99815b0
+def _quick_gelu(mode: QuickLayers, x: Tensor, approximate: str = "none") -> Tensor | None:
+    return _Gelu.apply(x, mode.linear) if approximate == "none" and plain(x) and x.ndim else None
+
+
+def _quick_layer_norm(mode: QuickLayers, x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor | None:
+    if not plain(x, weight, bias) or not x.dtype == weight.dtype == bias.dtype or tuple(normalized_shape) != weight.shape or not x.numel():
+        return None
+    return _LayerNorm.apply(x, weight, bias, eps, mode.linear)[0]
+
+
+def _quick_attention(mode: QuickLayers, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor | None:
+    same = plain(q, k, v) and q.dtype == k.dtype == v.dtype and q.shape[:-2] == k.shape[:-2] == v.shape[:-2]
+    return attention(q, k, v, is_causal, scale, mode.linear) if same and attn_mask is None and not dropout_p and not enable_gqa else None
+
+
+ALWAYS = dict.fromkeys((nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d), _quick_convolution) | {nn.functional.linear: _quick_linear}
+ALWAYS |= {nn.functional.max_pool2d: _quick_pool, torch.max_pool2d: _quick_pool, nn.functional.max_pool2d_with_indices: _usual_pool, Tensor.view: _reshape}
+TWICE = {nn.functional.gelu: _quick_gelu, nn.functional.layer_norm: _quick_layer_norm, nn.functional.scaled_dot_product_attention: _quick_attention}
+
+# %% ../nbs/quick_layers.ipynb #89bb70e2
 class QuickLayers(TorchFunctionMode):
     """Around a forward pass on a CPU that will be differentiated *backwards*, if at all (what it puts in has no forward mode): large linear layers take the quicker products; large convolutions and maxima over windows the quicker layout; convolutions, GELU, layer norm and attention the quick second backward pass.
 
@@ -396,28 +413,19 @@ class QuickLayers(TorchFunctionMode):
         linear: the gradient will only be differentiated in the cotangent that it is linear in (for products with the Jacobian): the second pass takes inputs and weights for constants.
 
     Attributes:
-        changed: whether anything but pooling was met and replaced.
+        changed: whether anything was met and replaced.
     """
 
     def __init__(self, twice: bool = True, linear: bool = False):
         super().__init__()
-        self.twice, self.linear, self.changed = twice, linear, False
+        self.linear, self.twice, self.changed = linear, twice, False
+        self.table = ALWAYS | TWICE if twice else ALWAYS
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is Tensor.view and plain(args[0]) and channels_last(args[0]) and not isinstance(kwargs.get("dtype", args[-1]), torch.dtype):
-            return args[0].reshape(*args[1:], **kwargs)
-        if func in POOLS:
-            quick = max_pool(*args[:6], **{k: v for k, v in kwargs.items() if k != "return_indices"}) if func is not POOLS[-1] else None
-            if quick is None and plain(args[0]):  # in the usual layout it can be differentiated in more ways
-                args = args[0].contiguous(), *args[1:]
-            return func(*args, **kwargs) if quick is None else quick
-        quick = None
-        if func is nn.functional.linear and not kwargs and not torch.compiler.is_compiling():
-            quick = linear(*args, constants=self.linear)
-        elif func in CONVOLUTIONS:
-            quick = _quick_convolution(self.linear, self.twice, *args, **kwargs)
-        elif self.twice and func in SECOND:
-            quick = SECOND[func](self.linear, *args, **kwargs)
-        self.changed = self.changed or quick is not None
-        return func(*args, **kwargs) if quick is None else quick
+        version = self.table.get(func)
+        quick = version and version(self, *args, **kwargs)
+        if quick is None:
+            return func(*args, **kwargs)
+        self.changed = True
+        return quick

@@ -50,8 +50,8 @@ def random_signs(shape: Sequence[int], generator: torch.Generator | None = None,
     "Independent entries +1 and -1 with equal probability (Rademacher): one bit of a random word each."
     n = math.prod(shape)
     words = torch.randint(-(2**63), 2**63 - 1, (-(-n // 64),), generator=generator, device=device)
-    bits = words.view(torch.uint8) >> torch.arange(8, dtype=torch.uint8, device=device)[:, None]
-    return bits.bitwise_and_(1).view(-1)[:n].to(dtype).mul_(2).sub_(1).view(tuple(shape))
+    bits = words.view(torch.int8) >> torch.arange(8, dtype=torch.int8, device=device)[:, None]
+    return bits.bitwise_and_(1).mul_(2).sub_(1).view(-1)[:n].to(dtype).view(tuple(shape))  # bytes until the end: a quarter of the memory
 
 
 DISTRIBUTIONS = ("signs", "normal")

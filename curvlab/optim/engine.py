@@ -375,13 +375,15 @@ def _couple_weight_decay(self: CurvatureOptimizer, active: Active) -> None:
 
 
 def _rescale(self: CurvatureOptimizer, active: Active, directions: list[list[Tensor]]) -> None:
-    "KL clip and norm bound, over all groups jointly, in place; bounds and `lr` are the first group's."
+    "KL clip and norm bound, over all groups jointly, into new tensors (a direction may be the gradient itself); bounds and `lr` are the first group's."
     group = active[0][0] if active else {"kl_clip": None, "max_norm": None}
     for name, power in (("kl_clip", 1), ("max_norm", 2)):
         if group[name] is not None:
             flat = [(d, g if name == "kl_clip" else d) for ds, (_, _, grads) in zip(directions, active) for d, g in zip(ds, grads)]
             size = group["lr"] ** 2 * torch.stack([torch.dot(d.reshape(-1), other.reshape(-1)) for d, other in flat]).sum().abs()
             factor = (group[name] ** power / size.clamp(min=1e-38)).sqrt().clamp(max=1.0)
+            if factor.device.type == "cpu" and factor == 1:  # within its bound
+                continue
             for i, ds in enumerate(directions):
                 directions[i] = torch._foreach_mul(ds, factor)
 
