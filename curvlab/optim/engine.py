@@ -382,8 +382,6 @@ def _rescale(self: CurvatureOptimizer, active: Active, directions: list[list[Ten
             flat = [(d, g if name == "kl_clip" else d) for ds, (_, _, grads) in zip(directions, active) for d, g in zip(ds, grads)]
             size = group["lr"] ** 2 * torch.stack([torch.dot(d.reshape(-1), other.reshape(-1)) for d, other in flat]).sum().abs()
             factor = (group[name] ** power / size.clamp(min=1e-38)).sqrt().clamp(max=1.0)
-            if factor.device.type == "cpu" and factor == 1:  # within its bound
-                continue
             for i, ds in enumerate(directions):
                 directions[i] = torch._foreach_mul(ds, factor)
 
