@@ -18,7 +18,7 @@ def every_convolution(monkeypatch):
 
 
 class Flattens(nn.Module):
-    "What people write: `view` in several forms, an in-place activation, a residual sum, a concatenation, and a hook that looks at the strides."
+    "What people write: `view` in several forms, an in-place activation, a residual sum, a concatenation; it notes the layout that its images have in the end."
 
     def __init__(self, channels):
         super().__init__()
