@@ -5,14 +5,19 @@
 # %% ../../nbs/dev/test_nbs.ipynb #42e19c5c
 from __future__ import annotations
 import argparse
+import multiprocessing
+import os
+import signal
 import sys
+import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from .checkout import QUIET, Finished, library_notebooks, repository_root, run_limited
+from .checkout import QUIET, Finished, library_notebooks, repository_root
 
 # %% auto #0
-__all__ = ['Outcome', 'check_notebook', 'check_notebooks', 'find_notebooks', 'main']
+__all__ = ['PRELOADED', 'Outcome', 'fork_server', 'check_notebook', 'check_notebooks', 'find_notebooks', 'main']
 
 # %% ../../nbs/dev/test_nbs.ipynb #a2abd3c7
 @dataclass(frozen=True)
@@ -26,11 +31,41 @@ class Outcome:
         """Whether every cell ran."""
         return self.run.status == "passed"
 
+# %% ../../nbs/dev/test_nbs.ipynb #448a44e5
+PRELOADED = ("torch", "torch.func", "matplotlib.pyplot", "scipy.stats", "nbdev.test")
+
+def fork_server() -> multiprocessing.context.BaseContext:
+    """The context whose processes are forks of one that has imported `PRELOADED`; the first call sets `QUIET` in this process's environment."""
+    os.environ.update(QUIET)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    return context
+
+# %% ../../nbs/dev/test_nbs.ipynb #51bc6848
+def _run_notebook(notebook: str, root: str, log: str) -> None:
+    os.setsid()
+    streams = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(streams, stream)
+    os.chdir(root)
+    sys.argv = ["nbdev_test"]  # nbdev reads the command line of the process
+    from nbdev.test import nbdev_test
+    nbdev_test(path=notebook, n_workers=0)
+
 def check_notebook(notebook: Path, root: Path, limit: float = 300.0) -> Outcome:
-    """Run `notebook` with nbdev's rules in a fresh process, for at most `limit` wall seconds."""
-    tester = Path(sys.executable).with_name("nbdev_test")  # of this environment, whatever PATH says
-    command = [str(tester), "--path", str(notebook), "--n_workers", "0"]
-    return Outcome(notebook, run_limited(command, limit, root, QUIET))
+    """Run `notebook` with nbdev's rules in a process of its own, for at most `limit` wall seconds; whatever it started ends with it."""
+    start = time.monotonic()
+    with tempfile.NamedTemporaryFile(mode="r", errors="replace") as log:
+        process = fork_server().Process(target=_run_notebook, args=(str(notebook), str(root), log.name))
+        process.start()
+        process.join(limit)
+        code = process.exitcode
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            process.kill()  # nobody of its session is left, or it had not yet begun one
+        process.join()
+        return Outcome(notebook, Finished(code, time.monotonic() - start, log.read()))
 
 # %% ../../nbs/dev/test_nbs.ipynb #be1bb4de
 def _report(outcome: Outcome, root: Path) -> None:
