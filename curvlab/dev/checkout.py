@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['QUIET', 'repository_root', 'all_notebooks', 'paper_notebooks', 'library_notebooks', 'Finished', 'run_limited']
+__all__ = ['QUIET', 'repository_root', 'all_notebooks', 'paper_notebooks', 'library_notebooks', 'Finished', 'end_session',
+           'run_limited']
 
 # %% ../../nbs/dev/checkout.ipynb #8d6cfb4f
 def repository_root(start: Path | str | None = None) -> Path:
@@ -59,12 +60,12 @@ class Finished:
         return "timeout" if self.code is None else "failed" if self.code else "passed"
 
 # %% ../../nbs/dev/checkout.ipynb #d300b43c
-def _end_family(process: subprocess.Popen) -> None:
+def end_session(leader: int) -> None:
+    """Kill every process of the session that the process with id `leader` began; it need not live any more."""
     try:
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(leader, signal.SIGKILL)
     except ProcessLookupError:
         pass  # nobody of the session is left, which is what we want
-    process.wait()
 
 def run_limited(command: list[str], limit: float, cwd: Path, env: dict[str, str] | None = None) -> Finished:
     """Run `command` in `cwd` for at most `limit` wall seconds; `env` is added to the present environment.
@@ -80,7 +81,8 @@ def run_limited(command: list[str], limit: float, cwd: Path, env: dict[str, str]
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            _end_family(process)
+            end_session(process.pid)
+            process.wait()
         log.seek(0)
         return Finished(code, time.monotonic() - start, log.read())
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import signal
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from .checkout import QUIET, Finished, library_notebooks, repository_root
+from .checkout import QUIET, Finished, end_session, library_notebooks, repository_root
 
 # %% auto #0
 __all__ = ['PRELOADED', 'Outcome', 'fork_server', 'check_notebook', 'check_notebooks', 'find_notebooks', 'main']
@@ -35,7 +34,7 @@ class Outcome:
 PRELOADED = ("torch", "torch.func", "matplotlib.pyplot", "scipy.stats", "nbdev.test")
 
 def fork_server() -> multiprocessing.context.BaseContext:
-    """The context whose processes are forks of one that has imported `PRELOADED`; the first call sets `QUIET` in this process's environment."""
+    """The context whose processes are forks of one that has imported `PRELOADED`; sets `QUIET` in this process's environment, which the server inherits."""
     os.environ.update(QUIET)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
@@ -44,10 +43,11 @@ def fork_server() -> multiprocessing.context.BaseContext:
 # %% ../../nbs/dev/test_nbs.ipynb #51bc6848
 def _run_notebook(notebook: str, root: str, log: str) -> None:
     os.setsid()
-    streams = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # a child that waits for input would wait for ever
     for stream in (1, 2):
-        os.dup2(streams, stream)
+        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
     os.chdir(root)
+    multiprocessing.set_start_method(None, force=True)  # the platform's own again, as in a user's session
     sys.argv = ["nbdev_test"]  # nbdev reads the command line of the process
     from nbdev.test import nbdev_test
     nbdev_test(path=notebook, n_workers=0)
@@ -58,13 +58,13 @@ def check_notebook(notebook: Path, root: Path, limit: float = 300.0) -> Outcome:
     with tempfile.NamedTemporaryFile(mode="r", errors="replace") as log:
         process = fork_server().Process(target=_run_notebook, args=(str(notebook), str(root), log.name))
         process.start()
-        process.join(limit)
-        code = process.exitcode
         try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            process.kill()  # nobody of its session is left, or it had not yet begun one
-        process.join()
+            process.join(limit)
+            code = process.exitcode
+        finally:
+            end_session(process.pid)
+            process.kill()  # in case it had not yet begun a session
+            process.join()
         return Outcome(notebook, Finished(code, time.monotonic() - start, log.read()))
 
 # %% ../../nbs/dev/test_nbs.ipynb #be1bb4de
